@@ -1,0 +1,29 @@
+#!/usr/bin/env bash
+# Make .venv with everything that the tests need, in the versions of tools/constraints.txt.
+# Calling it again is quick when nothing changed, and continues an install that was cut short.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+stamp=.venv/setup_env.stamp
+wanted=$({ pwd; cat setup.py tools/constraints.txt tools/install_detectron2.py; } | cksum)
+if [[ -x .venv/bin/python && -f $stamp && $(<"$stamp") == "$wanted" ]]; then
+    exit 0
+fi
+
+if ! .venv/bin/python -m pip --version >/dev/null 2>&1; then
+    for python in python3.11 python3 ""; do
+        if [[ -z $python ]]; then
+            echo "setup_env: Python 3.11 or newer is needed (the pinned numpy does not run on" \
+                "older ones), but neither python3.11 nor python3 is one." >&2
+            exit 1
+        fi
+        "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && break
+    done
+    "$python" -m venv .venv
+fi
+
+rm -f "$stamp"
+export PIP_CONSTRAINT=tools/constraints.txt
+.venv/bin/python -m pip install --quiet --disable-pip-version-check -e '.[test]'
+.venv/bin/python tools/install_detectron2.py
+echo "$wanted" >"$stamp"
