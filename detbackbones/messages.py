@@ -1,0 +1,24 @@
+"""The sentence that answers wrong input: the parameter, the value, what would be valid."""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+def nearest(value: object, valid: Iterable[str], most: int = 8) -> str:
+    """A clause that names the valid values: all if they are few, else those nearest to ``value``."""
+    valid = list(valid)
+    if len(valid) <= most:
+        return f"valid are {', '.join(map(repr, valid))}" if valid else "there is none"
+    close = get_close_matches(str(value), valid, n=3, cutoff=0.5)
+    return f"the nearest are {', '.join(map(repr, close))}" if close else "no name is near it"
+
+
+def one_of(parameter: str, value: object, valid: Iterable[str], hint: str = "") -> None:
+    """Refuse a value that is not among the valid ones.
+
+    Raises:
+        ValueError: with one sentence that names parameter, value and the nearest valid values.
+    """
+    valid = list(valid)
+    if value not in valid:
+        raise ValueError(f"{parameter}={value!r} is unknown: {nearest(value, valid)}{hint}")
