@@ -1,4 +1,4 @@
-"""Install detectron2, which is not on the package index, into the running interpreter's environment.
+"""Install detectron2, which is not on the package index, into this interpreter's environment.
 
 By default no compiler is needed: a wheel on the package index, LabGym's, carries a copy of
 detectron2 as of January 2024 in which only the imports were renamed. This program downloads that

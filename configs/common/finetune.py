@@ -1,0 +1,46 @@
+"""One's own data, and a schedule for a small data set on one GPU or a CPU."""
+
+from detbackbones.data import register_coco
+from detectron2 import model_zoo
+from detectron2.config import LazyCall as L
+from detectron2.solver import WarmupParamScheduler
+from fvcore.common.param_scheduler import CosineParamScheduler
+
+from .coco import dataloader
+from .train import train
+
+dataset = dict(
+    train_json="",
+    train_images="",
+    val_json="",
+    val_images="",
+    train_sizes=[256, 288, 320],  # length of an image's shorter side in pixels, drawn from these
+    val_size=288,
+    max_size=640,  # of the longer side
+)
+
+dataloader.train.dataset.names = L(register_coco)(
+    json_file="${dataset.train_json}", image_root="${dataset.train_images}"
+)
+dataloader.test.dataset.names = L(register_coco)(
+    json_file="${dataset.val_json}", image_root="${dataset.val_images}"
+)
+dataloader.train.mapper.augmentations[0].update(
+    short_edge_length="${dataset.train_sizes}", max_size="${dataset.max_size}"
+)
+dataloader.test.mapper.augmentations[0].update(
+    short_edge_length="${dataset.val_size}", max_size="${dataset.max_size}"
+)
+dataloader.train.update(total_batch_size=4, num_workers=2)
+dataloader.test.num_workers = 2
+
+optimizer = model_zoo.get_config("common/optim.py").AdamW
+optimizer.update(lr=2e-4, weight_decay=0.05)
+lr_multiplier = L(WarmupParamScheduler)(
+    scheduler=L(CosineParamScheduler)(start_value=1.0, end_value=0.01),
+    warmup_length=0.05,  # fraction of train.max_iter
+    warmup_factor=0.01,
+)
+train.update(max_iter=1000, eval_period=500)
+train.checkpointer.update(period=250, max_to_keep=2)
+train.clip_grad.enabled = True

@@ -1,0 +1,13 @@
+"""Settings of tools/train_net.py."""
+
+from detectron2 import model_zoo
+
+train = model_zoo.get_config("common/train.py").train
+train.update(
+    device="auto",  # a GPU if there is one
+    seed=0,  # of weights, order, augmentation and sampling; not negative
+    amp=dict(enabled=False, dtype="bfloat16"),  # or float16, with a gradient scaler
+    clip_grad=dict(enabled=False, params=dict(max_norm=1.0, norm_type=2.0)),
+    pictures=8,  # images drawn with their predictions after the last evaluation
+    allow_pickle=False,  # init_checkpoint may be one of detectron2's .pkl files
+)

@@ -1,0 +1,65 @@
+"""Configs: the LazyConfigs that come with the package, and the yacs keys."""
+
+from importlib.resources import files
+from pathlib import Path
+
+from detectron2.config import CfgNode, LazyConfig
+from omegaconf import DictConfig
+
+from .messages import nearest
+
+
+def config_folder() -> Path:
+    """The folder of the configs: inside an installed package, beside it in a checkout."""
+    package = Path(str(files("detbackbones")))
+    inside = package / "configs"
+    return inside if inside.is_dir() else package.parent / "configs"
+
+
+def list_configs() -> list[str]:
+    """Names of all configs that can be trained, as :func:`get_config` takes them."""
+    folder = config_folder()
+    names = (path.relative_to(folder).as_posix() for path in folder.glob("*/*.py"))
+    return sorted(name for name in names if not name.startswith("common/"))
+
+
+def get_config(name: str) -> DictConfig:
+    """Load a config that comes with the package.
+
+    Args:
+        name: such as ``"mask_rcnn/timm_r50_fpn_1x.py"``, see :func:`list_configs`.
+
+    Raises:
+        FileNotFoundError: if there is none of that name.
+    """
+    path = config_folder() / name
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no config {name!r}: {nearest(name, list_configs())}")
+    return LazyConfig.load(str(path))
+
+
+def add_backbone_config(cfg: CfgNode) -> None:
+    """Add the keys of TimmBackbone and TorchvisionBackbone to a yacs config.
+
+    The input becomes RGB with ImageNet's mean and standard deviation, for that is what the weights
+    of timm and torchvision expect (detectron2's default is BGR).
+
+    Args:
+        cfg: detectron2's config; changed in place.
+    """
+    cfg.MODEL.TIMM = CfgNode()
+    cfg.MODEL.TIMM.MODEL_NAME = "resnet50"
+    cfg.MODEL.TIMM.PRETRAINED = False
+    cfg.MODEL.TIMM.CHECKPOINT_PATH = ""
+    cfg.MODEL.TIMM.OUT_FEATURES = []
+    cfg.MODEL.TIMM.NORM = "FrozenBN"
+    cfg.MODEL.TIMM.OUTPUT_STRIDE = 0
+    cfg.MODEL.TIMM.DROP_PATH_RATE = 0.0
+    cfg.MODEL.TORCHVISION = CfgNode()
+    cfg.MODEL.TORCHVISION.MODEL_NAME = "resnet50"
+    cfg.MODEL.TORCHVISION.WEIGHTS = ""
+    cfg.MODEL.TORCHVISION.OUT_FEATURES = []
+    cfg.MODEL.TORCHVISION.NORM = "FrozenBN"
+    cfg.INPUT.FORMAT = "RGB"
+    cfg.MODEL.PIXEL_MEAN = [123.675, 116.28, 103.53]
+    cfg.MODEL.PIXEL_STD = [58.395, 57.12, 57.375]

@@ -1,0 +1,236 @@
+"""TimmBackbone: any timm model as a detectron2 backbone."""
+
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import timm
+import torch
+from detectron2.config import CfgNode, configurable
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import BACKBONE_REGISTRY, Backbone
+from timm.models._manipulate import adapt_input_conv
+from torch import nn
+
+from .checkpoint import downloading, load_backbone_checkpoint
+from .feature_backbone import FeatureBackbone, select_levels
+from .freeze import frozen_prefix
+from .levels import Trace, last_of_each_stride, trace
+from .messages import nearest, one_of
+from .norm import NORMS, norm_from_layer
+from .pyramid import build_yacs_pyramid
+
+# What timm's model families call "take images of any size"; the first that runs is used.
+SIZE_SWITCHES = ({}, {"dynamic_img_size": True}, {"strict_img_size": False})
+
+
+@BACKBONE_REGISTRY.register()
+class TimmBackbone(FeatureBackbone):
+    """A timm model as a backbone: feature maps by stride (``res2`` ...) or index (``p1`` ...)."""
+
+    @configurable
+    def __init__(
+        self,
+        model_name: str,
+        *,
+        pretrained: bool = False,
+        checkpoint_path: str = "",
+        in_channels: int = 3,
+        out_features: Sequence[str] | None = None,
+        out_indices: Sequence[int] | None = None,
+        norm: str = "",
+        freeze_at: int = 0,
+        output_stride: int | None = None,
+        drop_path_rate: float | None = None,
+        model_kwargs: dict[str, Any] | None = None,
+        features_only: bool = True,
+        norm_layer: type | str | None = None,
+    ):
+        """
+        Args:
+            model_name: as in ``timm.create_model``, with or without a tag; ``hf-hub:...`` and
+                ``local-dir:...`` work as there.
+            pretrained: download timm's pretrained weights.
+            checkpoint_path: a ``.pth``, ``.pt`` or ``.safetensors`` file of the classification
+                model, or of a detector trained with this backbone.
+            in_channels: channels of the input; weights of another number are adapted as timm does.
+            out_features: levels to output, by stride: ``["res3", "res4", "res5"]``. By default
+                those of strides 4 to 32. Later stages are not built.
+            out_indices: levels to output by timm's index instead, named ``p{index}``.
+            norm: batch norm ``""`` as in the model, ``"FrozenBN"``, ``"SyncBN"`` or ``"BN"``.
+            freeze_at: 0 nothing, 1 the stem, 2 up to and including ``res2``, ... 5 all.
+            output_stride: dilate the late stages to keep this stride, in models that can.
+            drop_path_rate: stochastic depth, in models that have it.
+            model_kwargs: further arguments for ``timm.create_model``.
+            features_only: only True; there for configs written for detrex.
+            norm_layer: a FrozenBatchNorm2d class means ``norm="FrozenBN"``; for detrex's configs.
+
+        Raises:
+            ValueError: if an argument is out of range or the model cannot give what is asked.
+            FileNotFoundError: if ``checkpoint_path`` does not exist.
+            ConnectionError: if pretrained weights cannot be downloaded.
+        """
+        if not features_only:
+            raise ValueError("features_only=False is not possible: a backbone gives feature maps")
+        if not isinstance(in_channels, int) or in_channels < 1:
+            raise ValueError(f"in_channels={in_channels!r} must be a whole number from 1")
+        if out_features is not None and out_indices is not None:
+            raise ValueError(
+                f"out_features={list(out_features)} and out_indices={list(out_indices)} were both "
+                "given: use one"
+            )
+        one_of("norm", norm, NORMS)
+        if norm_layer is not None:
+            norm = norm_from_layer(norm_layer, norm)
+
+        kwargs = dict(model_kwargs or {}, in_chans=in_channels)
+        if drop_path_rate is not None:
+            kwargs["drop_path_rate"] = drop_path_rate
+        source = _create(model_name, "meta", **kwargs)
+        kwargs, probe, probe_model = _probe(model_name, source, in_channels, kwargs)
+        source_keys = _source_keys(probe_model, source)
+        prefix = frozen_prefix(probe, freeze_at, source_keys)
+
+        by_stride = last_of_each_stride(probe.levels)
+        if out_indices is not None:
+            names = {f"p{index}": index for index in _checked_indices(out_indices, probe, model_name)}
+        else:
+            names = {name: by_stride[name] for name in select_levels(out_features, list(by_stride))}
+        if output_stride is not None:
+            kwargs["output_stride"] = output_stride
+        extractor = _create(
+            model_name,
+            "cpu",
+            pretrained=pretrained,
+            features_only=True,
+            out_indices=tuple(names.values()),
+            **kwargs,
+        )
+        super().__init__(
+            extractor,
+            list(names),
+            in_channels=in_channels,
+            norm=norm,
+            prefix=prefix,
+            source_keys=source_keys,
+        )
+        self.model_name = model_name
+        self._kwargs = kwargs
+        if checkpoint_path:
+            load_backbone_checkpoint(self, checkpoint_path)
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec) -> dict[str, Any]:
+        """Arguments from the yacs keys under MODEL.TIMM, see ``add_backbone_config``."""
+        timm_cfg = cfg.MODEL.TIMM
+        return {
+            "model_name": timm_cfg.MODEL_NAME,
+            "pretrained": timm_cfg.PRETRAINED,
+            "checkpoint_path": timm_cfg.CHECKPOINT_PATH,
+            "in_channels": input_shape.channels,
+            "out_features": timm_cfg.OUT_FEATURES or None,
+            "norm": timm_cfg.NORM,
+            "freeze_at": cfg.MODEL.BACKBONE.FREEZE_AT,
+            "output_stride": timm_cfg.OUTPUT_STRIDE or None,
+            "drop_path_rate": timm_cfg.DROP_PATH_RATE or None,
+        }
+
+    def load_source(self, state: Mapping[str, torch.Tensor]) -> tuple[int, list[str]]:
+        """Load a state dict of the classification model, converted as timm converts it.
+
+        timm's filters read the formats of original repositories and resample position embeddings;
+        the first convolution is adapted to ``in_channels``.
+        """
+        source = _create(self.model_name, "meta", **self._kwargs)
+        module = sys.modules[type(source).__module__]
+        if hasattr(module, "checkpoint_filter_fn"):
+            state = module.checkpoint_filter_fn(dict(state), source)
+        own = source.state_dict()
+        first = source.pretrained_cfg.get("first_conv") or ()
+        for name in (first,) if isinstance(first, str) else first:
+            key = f"{name}.weight"
+            if key in state and key in own and state[key].shape[1] != own[key].shape[1]:
+                state = {**state, key: adapt_input_conv(own[key].shape[1], state[key])}
+        return super().load_source(state)
+
+
+def _create(model_name: str, device: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """``timm.create_model`` on a device, with one sentence for a name or a download that fails."""
+    name = model_name.partition(".")[0]
+    if ":" not in model_name and not timm.is_model(name):
+        raise ValueError(
+            f"model_name={model_name!r} is no timm model: {nearest(name, timm.list_models())}"
+        )
+    with torch.device(device), downloading(model_name):
+        try:
+            return timm.create_model(model_name, pretrained=pretrained, **kwargs)
+        except (RuntimeError, TypeError) as error:
+            raise ValueError(f"model_name={model_name!r} cannot be built: {error}") from error
+
+
+def _probe(
+    model_name: str, source: nn.Module, in_channels: int, kwargs: dict[str, Any]
+) -> tuple[dict[str, Any], Trace, nn.Module]:
+    """Build an extractor of all levels on the meta device and run it.
+
+    Returns:
+        the arguments with which the model takes images of any size, the trace and the extractor.
+    """
+    levels = tuple(range(len(getattr(source, "feature_info", ()))))
+    if not levels:
+        raise ValueError(f"model_name={model_name!r} has no feature maps: it cannot be a backbone")
+    failure = None
+    for switch in SIZE_SWITCHES:
+        trial = {**switch, **kwargs}
+        try:
+            model = _create(model_name, "meta", features_only=True, out_indices=levels, **trial)
+            return trial, trace(model, in_channels), model
+        except Exception as error:  # a model may refuse in any way; the first reason is the best
+            failure = failure or error
+    raise ValueError(
+        f"model_name={model_name!r} does not take images of any size: {failure}"
+    ) from failure
+
+
+def _source_keys(extractor: nn.Module, source: nn.Module) -> dict[str, str]:
+    """The extractor's parameter and buffer names to those of the classification model.
+
+    timm's extractors put ``model.`` before a name or write its first dots as underscores.
+    """
+    flat = {key.replace(".", "_"): key for key in source.state_dict()}
+    keys = {key: key.removeprefix("model.") for key in extractor.state_dict()}
+    return {key: flat.get(name.replace(".", "_"), name) for key, name in keys.items()}
+
+
+def _checked_indices(out_indices: Sequence[int], probe: Trace, model_name: str) -> list[int]:
+    """``out_indices``, counted from 0 and in ascending order."""
+    count = len(probe.levels)
+    indices = sorted(i + count if i < 0 else i for i in out_indices)
+    if not indices or len(set(indices)) < len(indices) or not 0 <= indices[0] <= indices[-1] < count:
+        raise ValueError(
+            f"out_indices={list(out_indices)} must be different levels of {model_name}, "
+            f"0 to {count - 1}"
+        )
+    return indices
+
+
+def pixel_mean(model_name: str) -> list[float]:
+    """Mean of the images that a timm model was trained on, RGB, in the range 0 to 255."""
+    return [255 * value for value in _create(model_name, "meta").pretrained_cfg["mean"]]
+
+
+def pixel_std(model_name: str) -> list[float]:
+    """Standard deviation that goes with :func:`pixel_mean`."""
+    return [255 * value for value in _create(model_name, "meta").pretrained_cfg["std"]]
+
+
+@BACKBONE_REGISTRY.register()
+def build_timm_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
+    """TimmBackbone with a pyramid p2 to p6, from yacs keys."""
+    return build_yacs_pyramid(cfg, TimmBackbone(cfg, input_shape))
+
+
+@BACKBONE_REGISTRY.register()
+def build_retinanet_timm_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
+    """TimmBackbone with a pyramid p3 to p7, from yacs keys."""
+    return build_yacs_pyramid(cfg, TimmBackbone(cfg, input_shape), retinanet=True)

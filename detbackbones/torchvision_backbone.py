@@ -1,0 +1,190 @@
+"""TorchvisionBackbone: any torchvision classification model as a detectron2 backbone."""
+
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torchvision
+from detectron2.config import CfgNode, configurable
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import BACKBONE_REGISTRY, Backbone
+from torch import nn
+from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
+
+from .checkpoint import downloading
+from .feature_backbone import FeatureBackbone, select_levels
+from .freeze import frozen_prefix
+from .levels import PROBE_SIZE, last_of_each_stride, measure_shape, output_list, trace
+from .messages import nearest, one_of
+from .norm import NORMS
+from .pyramid import build_yacs_pyramid
+
+
+@BACKBONE_REGISTRY.register()
+class TorchvisionBackbone(FeatureBackbone):
+    """A torchvision classification model as a backbone, its feature maps found by tracing."""
+
+    @configurable
+    def __init__(
+        self,
+        model_name: str,
+        *,
+        weights: Any = None,
+        pretrained: bool = False,
+        return_nodes: Mapping[str, str] | Sequence[str] | None = None,
+        out_features: Sequence[str] | None = None,
+        norm: str = "",
+        freeze_at: int = 0,
+        model_kwargs: dict[str, Any] | None = None,
+    ):
+        """
+        Args:
+            model_name: a name of ``torchvision.models.list_models()``.
+            weights: a name ("IMAGENET1K_V2", "DEFAULT") or value of the model's weights enum.
+            pretrained: the same as ``weights="DEFAULT"``.
+            return_nodes: graph nodes to output and their level names, as in torchvision's
+                ``create_feature_extractor``: ``{"layer2": "res3"}``. By default the last output
+                before each downsampling block, named by its stride.
+            out_features: levels to output, by default those of strides 4 to 32 (or all of
+                ``return_nodes``).
+            norm: batch norm ``""`` as in the model, ``"FrozenBN"``, ``"SyncBN"`` or ``"BN"``.
+            freeze_at: 0 nothing, 1 the stem, 2 up to and including ``res2``, ... 5 all.
+            model_kwargs: further arguments for ``torchvision.models.get_model``.
+
+        Raises:
+            ValueError: if an argument is out of range or the model cannot give what is asked.
+            ConnectionError: if pretrained weights cannot be downloaded.
+        """
+        names = torchvision.models.list_models(module=torchvision.models)
+        if model_name not in names:
+            raise ValueError(
+                f"model_name={model_name!r} is no torchvision classifier: "
+                + nearest(model_name, names)
+            )
+        one_of("norm", norm, NORMS)
+        if pretrained and weights is None:
+            weights = "DEFAULT"
+        if weights is not None:
+            _check_weights(model_name, weights)
+
+        with downloading(model_name), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*initialization of .* models will be changed")
+            source = torchvision.models.get_model(
+                model_name, weights=weights, **(model_kwargs or {})
+            )
+        default_nodes = find_level_nodes(source)
+        probe = trace(create_feature_extractor(source, list(default_nodes.values())))
+        prefix = frozen_prefix(probe, freeze_at, {})
+
+        if return_nodes is None:
+            nodes = {default_nodes[name]: name for name in select_levels(out_features, default_nodes)}
+        else:
+            nodes = _checked_nodes(return_nodes, source)
+            kept = list(nodes.values()) if out_features is None else out_features
+            kept = select_levels(kept, list(nodes.values()))
+            nodes = {node: name for node, name in nodes.items() if name in kept}
+        extractor = create_feature_extractor(source, nodes)
+        super().__init__(extractor, list(nodes.values()), norm=norm, prefix=prefix)
+        self.model_name = model_name
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec) -> dict[str, Any]:
+        """Arguments from the yacs keys under MODEL.TORCHVISION, see ``add_backbone_config``."""
+        torchvision_cfg = cfg.MODEL.TORCHVISION
+        return {
+            "model_name": torchvision_cfg.MODEL_NAME,
+            "weights": torchvision_cfg.WEIGHTS or None,
+            "out_features": torchvision_cfg.OUT_FEATURES or None,
+            "norm": torchvision_cfg.NORM,
+            "freeze_at": cfg.MODEL.BACKBONE.FREEZE_AT,
+        }
+
+
+def find_level_nodes(model: nn.Module) -> dict[str, str]:
+    """Find a model's levels by tracing it.
+
+    A level is what enters the block that halves the resolution, or what the model ends with. The
+    block is the largest module in which no other resolution occurs: of a ResNet, ``layer2`` and not
+    the strided convolution in it, before which two others have already run.
+
+    Args:
+        model: any that torch.fx can trace.
+
+    Returns:
+        level name (``res2`` for stride 4) to graph node, fine to coarse.
+    """
+    nodes = [n for n in get_graph_node_names(model)[1] if n != "x"]
+    outputs = _run_all(model, nodes)
+    strides = {
+        node: measured[1]
+        for node, output in outputs.items()
+        if isinstance(output, torch.Tensor) and (measured := measure_shape(output.shape, PROBE_SIZE))
+    }
+    order = list(strides)
+    levels = {}
+    coarsest = 1
+    for position, node in enumerate(order):
+        if strides[node] <= coarsest:
+            continue
+        block = _block(node, strides, {coarsest, strides[node]})
+        start = next(i for i, n in enumerate(order) if n == block or n.startswith(block + "."))
+        if start:
+            levels[coarsest] = order[start - 1]
+        coarsest = strides[node]
+    levels[coarsest] = [n for n in order if strides[n] == coarsest][-1]
+    return {f"res{stride.bit_length() - 1}": node for stride, node in levels.items()}
+
+
+def _block(node: str, strides: dict[str, int], allowed: set[int]) -> str:
+    """The outermost module around a node in which only the allowed strides occur."""
+    parts = node.split(".")
+    for depth in range(1, len(parts)):
+        path = ".".join(parts[:depth])
+        if {s for n, s in strides.items() if n.startswith(path + ".")} <= allowed:
+            return path
+    return node
+
+
+def _run_all(model: nn.Module, nodes: list[str]) -> dict[str, Any]:
+    """The output of every node, on the meta device."""
+    extractor = create_feature_extractor(model, eval_return_nodes=nodes, train_return_nodes=nodes[:1])
+    meta = {
+        name: torch.empty_like(tensor, device="meta")
+        for name, tensor in [*extractor.named_parameters(), *extractor.named_buffers()]
+    }
+    extractor.eval()
+    with torch.no_grad():
+        x = torch.empty(2, 3, *PROBE_SIZE, device="meta")
+        return torch.func.functional_call(extractor, meta, (x,))
+
+
+def _checked_nodes(
+    return_nodes: Mapping[str, str] | Sequence[str], model: nn.Module
+) -> dict[str, str]:
+    """``return_nodes`` as a dictionary, every node of which exists."""
+    if not isinstance(return_nodes, Mapping):
+        return_nodes = {name: name for name in return_nodes}
+    paths = [name.split(".") for name in get_graph_node_names(model)[1]]
+    valid = dict.fromkeys(".".join(p[:n]) for p in paths for n in range(1, len(p) + 1))
+    for node in return_nodes:
+        one_of("return_nodes", node, valid)
+    return {str(node): str(name) for node, name in return_nodes.items()}
+
+
+def _check_weights(model_name: str, weights: Any) -> None:
+    enum = torchvision.models.get_model_weights(model_name)
+    name = weights.name if isinstance(weights, enum) else str(weights).rpartition(".")[-1]
+    one_of("weights", name, [*(member.name for member in enum), "DEFAULT"])
+
+
+@BACKBONE_REGISTRY.register()
+def build_torchvision_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
+    """TorchvisionBackbone with a pyramid p2 to p6, from yacs keys."""
+    return build_yacs_pyramid(cfg, TorchvisionBackbone(cfg, input_shape))
+
+
+@BACKBONE_REGISTRY.register()
+def build_retinanet_torchvision_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
+    """TorchvisionBackbone with a pyramid p3 to p7, from yacs keys."""
+    return build_yacs_pyramid(cfg, TorchvisionBackbone(cfg, input_shape), retinanet=True)
