@@ -9,5 +9,6 @@ from ..common.models.mask_rcnn import model
 model.roi_heads.num_classes = L(num_classes)(dataset="${dataloader.train.dataset.names}")
 model.roi_heads.batch_size_per_image = 128
 model.roi_heads.box_head.fc_dims = [512, 512]
+model.roi_heads.mask_head.conv_dims = ["${....backbone.out_channels}"] * 5
 model.backbone.out_channels = 128
 model.backbone.bottom_up.model_name = "resnet18"
