@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from safetensors import SafetensorError
@@ -59,11 +60,12 @@ def read_state_dict(path: str) -> dict[str, torch.Tensor]:
     except (RuntimeError, EOFError, OSError, SafetensorError) as error:
         first_line = str(error).partition("\n")[0]
         raise ValueError(f"checkpoint {path!r} is truncated or damaged: {first_line}") from error
+    content = content if isinstance(content, Mapping) else {}
     for key in ("state_dict_ema", "model_ema", "state_dict", "model"):
-        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+        if isinstance(content.get(key), Mapping):
             content = content[key]
             break
-    tensors = {k: v for k, v in content.items() if isinstance(v, torch.Tensor)}
+    tensors = {str(k): v for k, v in content.items() if isinstance(v, torch.Tensor)}
     if not tensors:
         raise ValueError(f"checkpoint {path!r} holds no state dict")
     return {key.removeprefix("module."): value for key, value in tensors.items()}
@@ -113,7 +115,12 @@ def load_backbone_checkpoint(backbone: FeatureBackbone, path: str) -> None:
     """
     state = read_state_dict(path)
     state = backbone_state_dict(state) or state
-    loaded, wanting = backbone.load_source(state)
+    try:
+        loaded, wanting = backbone.load_source(state)
+    except ValueError as error:
+        raise ValueError(
+            f"checkpoint_path={path!r} is not of {backbone.model_name}: {error}"
+        ) from error
     if wanting:
         raise ValueError(
             f"checkpoint_path={path!r} is not of {backbone.model_name}: {loaded} of "
@@ -159,12 +166,15 @@ def load_init_checkpoint(model: nn.Module, path: str, *, allow_pickle: bool = Fa
     else:
         backbones = [m for m in model.modules() if isinstance(m, FeatureBackbone)]
         source = backbone_state_dict(state) or state
-        loads = [backbone.load_source(source) for backbone in backbones]
+        try:
+            loads = [backbone.load_source(source) for backbone in backbones]
+        except ValueError as error:
+            raise ValueError(f"init_checkpoint={path!r} does not fit: {error}") from error
         loaded, wanting = sum(n for n, _ in loads), sum((w for _, w in loads), [])
         if not loaded:
             raise ValueError(
-                f"init_checkpoint={path!r} has {len(state)} tensors ({next(iter(state))}, ...), and "
-                "none fits the detector or its backbone"
+                f"init_checkpoint={path!r} has {len(state)} tensors ({next(iter(state))}, ...), "
+                "and none fits the detector or its backbone"
             )
         report = f"loaded {loaded} of the backbone's {loaded + len(wanting)} tensors"
         skipped = len(state) - loaded
@@ -180,17 +190,36 @@ def downloading(model_name: str) -> Iterator[None]:
     """Turn the many errors of a failed download into one sentence."""
     try:
         yield
-    except ValueError:
-        raise
     except Exception as error:
-        offline = _is_network_error(error)
-        if not offline:
+        if not _is_network_error(error):
             raise
         raise ConnectionError(
             f"the pretrained weights of {model_name!r} could not be downloaded "
-            f"({type(error).__name__}): give checkpoint_path= a file, train.init_checkpoint= a file, "
-            "or pretrained=False"
+            f"({type(error).__name__}): give checkpoint_path= a file, train.init_checkpoint= a "
+            "file, or pretrained=False"
         ) from error
+
+
+@contextlib.contextmanager
+def downloading_from_hub(model_name: str) -> Iterator[None]:
+    """:func:`downloading`, from the Hugging Face hub if it answers, and else from its cache.
+
+    Without the question each file is tried six times, which takes most of a minute.
+    """
+    before = huggingface_hub.constants.HF_HUB_OFFLINE
+    try:
+        if not before:
+            huggingface_hub.utils.get_session().head(
+                huggingface_hub.constants.ENDPOINT,
+                timeout=huggingface_hub.constants.DEFAULT_ETAG_TIMEOUT,
+            )
+    except Exception:
+        huggingface_hub.constants.HF_HUB_OFFLINE = True
+    try:
+        with downloading(model_name):
+            yield
+    finally:
+        huggingface_hub.constants.HF_HUB_OFFLINE = before
 
 
 def _is_network_error(error: BaseException | None) -> bool:

@@ -1,14 +1,14 @@
 """FeatureBackbone: a feature extractor of any source as a detectron2 backbone."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import Backbone
 from torch import nn
 
-from .freeze import Prefix, freeze
-from .levels import output_list, trace
+from .freeze import NO_PREFIX, Prefix, freeze
+from .levels import Trace, output_list, trace
 from .messages import nearest
 from .norm import convert_norm
 
@@ -46,8 +46,9 @@ class FeatureBackbone(Backbone):
         *,
         in_channels: int = 3,
         norm: str = "",
-        prefix: Prefix = Prefix(frozenset(), frozenset()),
+        prefix: Prefix = NO_PREFIX,
         source_keys: Mapping[str, str] | None = None,
+        source_names: Iterable[str] = (),
     ):
         """
         Args:
@@ -59,13 +60,16 @@ class FeatureBackbone(Backbone):
             prefix: the part to freeze, see :func:`detbackbones.freeze.frozen_prefix`.
             source_keys: names of the extractor's parameters and buffers to their names in the
                 source model, where these differ.
+            source_names: keys of the source model's whole state dict; when they are given, weights
+                of a deeper model of its family are refused.
         """
         super().__init__()
         measured = trace(extractor, in_channels)
-        _drop_unused(extractor, measured.parameters)
+        _drop_unused(extractor, measured, in_channels)
         self.model = convert_norm(extractor, norm)
         self._eval_modules = freeze(self.model, prefix)
         self._source_keys = {k: v for k, v in (source_keys or {}).items() if k != v}
+        self._source_names = frozenset(source_names)
         self.register_state_dict_post_hook(_rename_saved)
         self.register_load_state_dict_pre_hook(_rename_loaded)
 
@@ -115,8 +119,16 @@ class FeatureBackbone(Backbone):
 
         Returns:
             how many tensors were loaded, and the keys that are missing or of another shape.
+
+        Raises:
+            ValueError: if the state dict has layers that the source model has not.
         """
         own = {key.removeprefix("model."): value for key, value in self.state_dict().items()}
+        parts = {key.partition(".")[0] for key in own}
+        for key in state if self._source_names else ():
+            foreign = key.endswith(".weight") and key not in self._source_names
+            if foreign and key.partition(".")[0] in parts:
+                raise ValueError(f"the model has no {key}")
         fit = {k: state[k] for k, v in own.items() if k in state and state[k].shape == v.shape}
         self.load_state_dict({f"model.{key}": value for key, value in fit.items()}, strict=False)
         # timm and torchvision count batches, but nothing depends on it
@@ -124,18 +136,31 @@ class FeatureBackbone(Backbone):
         return len(fit), wanting
 
 
-def _drop_unused(extractor: nn.Module, used: Mapping[str, int]) -> None:
-    """Replace modules whose parameters no level needs; detach single parameters of that kind."""
+def _drop_unused(extractor: nn.Module, measured: Trace, in_channels: int) -> None:
+    """Replace the modules whose parameters no level needs, never used or used after the last one.
+
+    Where the model cannot run without them they stay, without gradients.
+    """
+    end = max(level.end for level in measured.levels)
+    needed = {name for name, first in measured.parameters.items() if first <= end}
+    dropped = {}
     for name, module in list(extractor.named_modules()):
         own = [f"{name}.{key}" for key, _ in module.named_parameters()]
-        if name and own and not any(key in used for key in own):
-            parent, _, child = name.rpartition(".")
-            try:
-                setattr(extractor.get_submodule(parent), child, nn.Identity())
-            except AttributeError:  # its parent has been replaced already
-                continue
+        parent, _, child = name.rpartition(".")
+        inside = any(name.startswith(f"{other}.") for other in dropped)
+        if name and own and not inside and not needed.intersection(own):
+            dropped[name] = (extractor.get_submodule(parent), child, module)
+    for parent, child, _ in dropped.values():
+        setattr(parent, child, nn.Identity())
+    try:
+        whole = trace(extractor, in_channels).levels == measured.levels
+    except Exception:  # what follows the last level may fail in any way
+        whole = False
+    if not whole:
+        for parent, child, module in dropped.values():
+            setattr(parent, child, module)
     for name, parameter in extractor.named_parameters():
-        if name not in used:
+        if name not in needed:
             parameter.requires_grad_(False)
 
 

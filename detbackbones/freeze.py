@@ -21,6 +21,9 @@ class Prefix:
     modules: frozenset[str]
 
 
+NO_PREFIX = Prefix(frozenset(), frozenset())
+
+
 def _end_of_stem(trace: Trace, source_keys: dict[str, str]) -> int:
     """Index of the last operation of the stem of a model that has no level of stride 2.
 
@@ -59,7 +62,9 @@ def frozen_prefix(trace: Trace, freeze_at: int, source_keys: dict[str, str]) -> 
         ValueError: if ``freeze_at`` is out of range.
     """
     if freeze_at not in range(6):
-        raise ValueError(f"freeze_at={freeze_at!r} is out of range: valid are 0 (nothing) to 5 (all)")
+        raise ValueError(
+            f"freeze_at={freeze_at!r} is out of range: valid are 0 (nothing) to 5 (all)"
+        )
     if freeze_at == 0:
         end = -1
     elif freeze_at == 5:

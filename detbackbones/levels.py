@@ -139,8 +139,9 @@ def trace(module: nn.Module, in_channels: int = 3) -> Trace:
         measured = measure_shape(output.shape, PROBE_SIZE)
         if measured is None:
             raise ValueError(
-                f"an output of {type(module).__name__} has shape {tuple(output.shape)} for an input "
-                f"of {PROBE_SIZE[0]}x{PROBE_SIZE[1]}: it is no feature map with a whole stride"
+                f"an output of {type(module).__name__} has shape {tuple(output.shape)} for an "
+                f"input of {PROBE_SIZE[0]}x{PROBE_SIZE[1]}: it is no feature map with a whole "
+                "stride"
             )
         levels.append(Level(*measured, end=log.last_write[id(output)]))
     first_use = {

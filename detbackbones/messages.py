@@ -5,7 +5,7 @@ from difflib import get_close_matches
 
 
 def nearest(value: object, valid: Iterable[str], most: int = 8) -> str:
-    """A clause that names the valid values: all if they are few, else those nearest to ``value``."""
+    """A clause that names the valid values: all if they are few, else the nearest to ``value``."""
     valid = list(valid)
     if len(valid) <= most:
         return f"valid are {', '.join(map(repr, valid))}" if valid else "there is none"

@@ -83,10 +83,11 @@ def norm_from_layer(norm_layer: type | str, norm: str) -> str:
     Raises:
         ValueError: for another class, or if ``norm`` says something else.
     """
-    name = norm_layer if isinstance(norm_layer, str) else norm_layer.__name__
+    name = norm_layer if isinstance(norm_layer, str) else getattr(norm_layer, "__name__", "")
     name = name.rpartition(".")[-1]
     meanings = {"FrozenBatchNorm2d": "FrozenBN", "BatchNorm2d": "BN", "SyncBatchNorm": "SyncBN"}
-    one_of("norm_layer", name, meanings, hint="; other layers go into model_kwargs")
+    if name not in meanings:
+        one_of("norm_layer", norm_layer, meanings, hint="; other layers go into model_kwargs")
     if norm not in ("", meanings[name]):
         raise ValueError(f"norm_layer={name} means norm={meanings[name]!r}, but norm={norm!r}")
     return meanings[name]

@@ -67,6 +67,11 @@ def build_pyramid(
         in_features = select_levels(in_features, list(shapes))
     else:
         in_features = [n for n, shape in shapes.items() if shape.stride >= 2**min_level]
+    if not in_features:
+        raise ValueError(
+            f"min_level={min_level} needs a level of stride {2**min_level} or more, and the "
+            f"backbone has strides {[shape.stride for shape in shapes.values()]}"
+        )
     strides = [shapes[name].stride for name in in_features]
     for name, stride in zip(in_features, strides):
         if stride & (stride - 1):
@@ -90,7 +95,12 @@ def build_pyramid(
             "the one before"
         )
     return FPN(
-        bottom_up, in_features, out_channels, norm=norm or "", top_block=top_block, fuse_type=fuse_type
+        bottom_up,
+        in_features,
+        out_channels,
+        norm=norm or "",
+        top_block=top_block,
+        fuse_type=fuse_type,
     )
 
 

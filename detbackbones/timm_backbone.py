@@ -1,7 +1,9 @@
 """TimmBackbone: any timm model as a detectron2 backbone."""
 
+import logging
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import timm
@@ -9,16 +11,19 @@ import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, Backbone
+from timm.models import get_arch_pretrained_cfgs
 from timm.models._manipulate import adapt_input_conv
 from torch import nn
 
-from .checkpoint import downloading, load_backbone_checkpoint
+from .checkpoint import downloading_from_hub, load_backbone_checkpoint
 from .feature_backbone import FeatureBackbone, select_levels
 from .freeze import frozen_prefix
 from .levels import Trace, last_of_each_stride, trace
 from .messages import nearest, one_of
 from .norm import NORMS, norm_from_layer
 from .pyramid import build_yacs_pyramid
+
+logger = logging.getLogger(__name__)
 
 # What timm's model families call "take images of any size"; the first that runs is used.
 SIZE_SWITCHES = ({}, {"dynamic_img_size": True}, {"strict_img_size": False})
@@ -59,7 +64,7 @@ class TimmBackbone(FeatureBackbone):
             out_indices: levels to output by timm's index instead, named ``p{index}``.
             norm: batch norm ``""`` as in the model, ``"FrozenBN"``, ``"SyncBN"`` or ``"BN"``.
             freeze_at: 0 nothing, 1 the stem, 2 up to and including ``res2``, ... 5 all.
-            output_stride: dilate the late stages to keep this stride, in models that can.
+            output_stride: 8, 16 or 32; dilate the late stages to keep it, in models that can.
             drop_path_rate: stochastic depth, in models that have it.
             model_kwargs: further arguments for ``timm.create_model``.
             features_only: only True; there for configs written for detrex.
@@ -79,6 +84,8 @@ class TimmBackbone(FeatureBackbone):
                 f"out_features={list(out_features)} and out_indices={list(out_indices)} were both "
                 "given: use one"
             )
+        if output_stride not in (None, 8, 16, 32):
+            raise ValueError(f"output_stride={output_stride!r} is unknown: valid are 8, 16, 32")
         one_of("norm", norm, NORMS)
         if norm_layer is not None:
             norm = norm_from_layer(norm_layer, norm)
@@ -93,7 +100,9 @@ class TimmBackbone(FeatureBackbone):
 
         by_stride = last_of_each_stride(probe.levels)
         if out_indices is not None:
-            names = {f"p{index}": index for index in _checked_indices(out_indices, probe, model_name)}
+            names = {
+                f"p{index}": index for index in _checked_indices(out_indices, probe, model_name)
+            }
         else:
             names = {name: by_stride[name] for name in select_levels(out_features, list(by_stride))}
         if output_stride is not None:
@@ -113,6 +122,7 @@ class TimmBackbone(FeatureBackbone):
             norm=norm,
             prefix=prefix,
             source_keys=source_keys,
+            source_names=source.state_dict(),
         )
         self.model_name = model_name
         self._kwargs = kwargs
@@ -143,29 +153,48 @@ class TimmBackbone(FeatureBackbone):
         """
         source = _create(self.model_name, "meta", **self._kwargs)
         module = sys.modules[type(source).__module__]
-        if hasattr(module, "checkpoint_filter_fn"):
-            state = module.checkpoint_filter_fn(dict(state), source)
         own = source.state_dict()
+        wanted = {key.removeprefix("model.") for key in self.state_dict()}
+        if {k for k in wanted if not k.endswith("num_batches_tracked")} <= state.keys():
+            # Filters tell timm's own format by the classifier, which a trained backbone has not.
+            state = {**own, **state}
+        if hasattr(module, "checkpoint_filter_fn"):
+            try:
+                state = module.checkpoint_filter_fn(dict(state), source)
+            except Exception:  # it knows no such format; the comparison says what is missing
+                logger.debug("timm's filter for %s failed", self.model_name, exc_info=True)
+        state = {k: v for k, v in state.items() if isinstance(v, torch.Tensor) and not v.is_meta}
         first = source.pretrained_cfg.get("first_conv") or ()
         for name in (first,) if isinstance(first, str) else first:
             key = f"{name}.weight"
-            if key in state and key in own and state[key].shape[1] != own[key].shape[1]:
+            if key in state and key in own and state[key].shape[1] == 3 != own[key].shape[1]:
                 state = {**state, key: adapt_input_conv(own[key].shape[1], state[key])}
         return super().load_source(state)
 
 
 def _create(model_name: str, device: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """``timm.create_model`` on a device, with one sentence for a name or a download that fails."""
-    name = model_name.partition(".")[0]
-    if ":" not in model_name and not timm.is_model(name):
-        raise ValueError(
-            f"model_name={model_name!r} is no timm model: {nearest(name, timm.list_models())}"
-        )
-    with torch.device(device), downloading(model_name):
-        try:
+    """``timm.create_model`` on a device; what fails ends in one sentence."""
+    model_name = str(model_name)
+    name, _, tag = model_name.partition(".")
+    if ":" not in model_name:
+        if not timm.is_model(name):
+            raise ValueError(
+                f"model_name={model_name!r} is no timm model: {nearest(name, timm.list_models())}"
+            )
+        tags = get_arch_pretrained_cfgs(name) if tag else ()
+        if tag and model_name not in tags:
+            raise ValueError(
+                f"model_name={model_name!r} has an unknown tag: {nearest(model_name, tags)}"
+            )
+    hub = pretrained or model_name.startswith("hf-hub:")
+    try:
+        with torch.device(device), downloading_from_hub(model_name) if hub else nullcontext():
             return timm.create_model(model_name, pretrained=pretrained, **kwargs)
-        except (RuntimeError, TypeError) as error:
-            raise ValueError(f"model_name={model_name!r} cannot be built: {error}") from error
+    except ConnectionError:
+        raise
+    except (AssertionError, OSError, RuntimeError, TypeError) as error:
+        reason = str(error).partition("\n")[0] or f"timm refuses {kwargs}"
+        raise ValueError(f"model_name={model_name!r} cannot be built: {reason}") from error
 
 
 def _probe(
@@ -205,8 +234,14 @@ def _source_keys(extractor: nn.Module, source: nn.Module) -> dict[str, str]:
 def _checked_indices(out_indices: Sequence[int], probe: Trace, model_name: str) -> list[int]:
     """``out_indices``, counted from 0 and in ascending order."""
     count = len(probe.levels)
+    if isinstance(out_indices, int) or not all(isinstance(i, int) for i in out_indices):
+        raise ValueError(f"out_indices={out_indices!r} must be a list of whole numbers")
     indices = sorted(i + count if i < 0 else i for i in out_indices)
-    if not indices or len(set(indices)) < len(indices) or not 0 <= indices[0] <= indices[-1] < count:
+    if (
+        not indices
+        or len(set(indices)) < len(indices)
+        or not 0 <= indices[0] <= indices[-1] < count
+    ):
         raise ValueError(
             f"out_indices={list(out_indices)} must be different levels of {model_name}, "
             f"0 to {count - 1}"

@@ -10,15 +10,20 @@ from detectron2.config import CfgNode, configurable
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, Backbone
 from torch import nn
+from torchvision.models import WeightsEnum
 from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
+from torchvision.ops import StochasticDepth
 
 from .checkpoint import downloading
 from .feature_backbone import FeatureBackbone, select_levels
 from .freeze import frozen_prefix
-from .levels import PROBE_SIZE, last_of_each_stride, measure_shape, output_list, trace
+from .levels import PROBE_SIZE, measure_shape, trace
 from .messages import nearest, one_of
 from .norm import NORMS
 from .pyramid import build_yacs_pyramid
+
+# A module that is traced through cannot be put into eval mode alone, as freeze_at does.
+_TRACER = {"leaf_modules": [StochasticDepth]}
 
 
 @BACKBONE_REGISTRY.register()
@@ -66,26 +71,44 @@ class TorchvisionBackbone(FeatureBackbone):
         if pretrained and weights is None:
             weights = "DEFAULT"
         if weights is not None:
-            _check_weights(model_name, weights)
+            weights = _checked_weights(model_name, weights)
 
         with downloading(model_name), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*initialization of .* models will be changed")
-            source = torchvision.models.get_model(
-                model_name, weights=weights, **(model_kwargs or {})
-            )
-        default_nodes = find_level_nodes(source)
-        probe = trace(create_feature_extractor(source, list(default_nodes.values())))
+            warnings.filterwarnings("ignore", message=".*initialization of .* will be changed")
+            try:
+                source = torchvision.models.get_model(
+                    model_name, weights=weights, **(model_kwargs or {})
+                )
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"model_name={model_name!r} cannot be built: {error}") from error
+        try:
+            default_nodes = find_level_nodes(source)
+            probe = trace(_extractor(source, list(default_nodes.values())))
+        except Exception as error:  # a model may refuse in any way
+            reason = str(error).partition("\n")[0]
+            raise ValueError(f"model_name={model_name!r} cannot be a backbone: {reason}") from error
         prefix = frozen_prefix(probe, freeze_at, {})
 
         if return_nodes is None:
-            nodes = {default_nodes[name]: name for name in select_levels(out_features, default_nodes)}
+            nodes = {
+                default_nodes[name]: name for name in select_levels(out_features, default_nodes)
+            }
         else:
             nodes = _checked_nodes(return_nodes, source)
             kept = list(nodes.values()) if out_features is None else out_features
             kept = select_levels(kept, list(nodes.values()))
             nodes = {node: name for node, name in nodes.items() if name in kept}
-        extractor = create_feature_extractor(source, nodes)
-        super().__init__(extractor, list(nodes.values()), norm=norm, prefix=prefix)
+        extractor = _extractor(source, nodes)
+        try:
+            super().__init__(
+                extractor,
+                list(nodes.values()),
+                norm=norm,
+                prefix=prefix,
+                source_names=source.state_dict(),
+            )
+        except ValueError as error:
+            raise ValueError(f"return_nodes={nodes} cannot be levels: {error}") from error
         self.model_name = model_name
 
     @classmethod
@@ -114,17 +137,18 @@ def find_level_nodes(model: nn.Module) -> dict[str, str]:
     Returns:
         level name (``res2`` for stride 4) to graph node, fine to coarse.
     """
-    nodes = [n for n in get_graph_node_names(model)[1] if n != "x"]
+    nodes = [n for n in get_graph_node_names(model, _TRACER)[1] if n != "x"]
     outputs = _run_all(model, nodes)
     strides = {
         node: measured[1]
         for node, output in outputs.items()
-        if isinstance(output, torch.Tensor) and (measured := measure_shape(output.shape, PROBE_SIZE))
+        if isinstance(output, torch.Tensor)
+        and (measured := measure_shape(output.shape, PROBE_SIZE))
     }
     order = list(strides)
     levels = {}
     coarsest = 1
-    for position, node in enumerate(order):
+    for node in order:
         if strides[node] <= coarsest:
             continue
         block = _block(node, strides, {coarsest, strides[node]})
@@ -132,6 +156,8 @@ def find_level_nodes(model: nn.Module) -> dict[str, str]:
         if start:
             levels[coarsest] = order[start - 1]
         coarsest = strides[node]
+    if coarsest == 1:
+        raise ValueError("it has no feature maps with a whole stride above 1")
     levels[coarsest] = [n for n in order if strides[n] == coarsest][-1]
     return {f"res{stride.bit_length() - 1}": node for stride, node in levels.items()}
 
@@ -146,9 +172,15 @@ def _block(node: str, strides: dict[str, int], allowed: set[int]) -> str:
     return node
 
 
+def _extractor(model: nn.Module, nodes: Mapping[str, str] | list[str]) -> nn.Module:
+    return create_feature_extractor(model, nodes, tracer_kwargs=_TRACER)
+
+
 def _run_all(model: nn.Module, nodes: list[str]) -> dict[str, Any]:
     """The output of every node, on the meta device."""
-    extractor = create_feature_extractor(model, eval_return_nodes=nodes, train_return_nodes=nodes[:1])
+    extractor = create_feature_extractor(
+        model, train_return_nodes=nodes[:1], eval_return_nodes=nodes, tracer_kwargs=_TRACER
+    )
     meta = {
         name: torch.empty_like(tensor, device="meta")
         for name, tensor in [*extractor.named_parameters(), *extractor.named_buffers()]
@@ -162,20 +194,27 @@ def _run_all(model: nn.Module, nodes: list[str]) -> dict[str, Any]:
 def _checked_nodes(
     return_nodes: Mapping[str, str] | Sequence[str], model: nn.Module
 ) -> dict[str, str]:
-    """``return_nodes`` as a dictionary, every node of which exists."""
+    """``return_nodes`` as a dictionary in the order of execution, every node of which exists."""
     if not isinstance(return_nodes, Mapping):
         return_nodes = {name: name for name in return_nodes}
-    paths = [name.split(".") for name in get_graph_node_names(model)[1]]
-    valid = dict.fromkeys(".".join(p[:n]) for p in paths for n in range(1, len(p) + 1))
+    # node or module -> position of its last operation, for outputs come in the graph's order
+    valid = {}
+    for position, name in enumerate(get_graph_node_names(model, _TRACER)[1]):
+        parts = name.split(".")
+        valid.update({".".join(parts[:n]): position for n in range(1, len(parts) + 1)})
     for node in return_nodes:
         one_of("return_nodes", node, valid)
-    return {str(node): str(name) for node, name in return_nodes.items()}
+    if not return_nodes or len(set(return_nodes.values())) < len(return_nodes):
+        raise ValueError(f"return_nodes={dict(return_nodes)} must give different names to nodes")
+    return {str(node): str(return_nodes[node]) for node in sorted(return_nodes, key=valid.get)}
 
 
-def _check_weights(model_name: str, weights: Any) -> None:
+def _checked_weights(model_name: str, weights: Any) -> WeightsEnum:
+    """The member of the model's own enum that ``weights`` is or names."""
     enum = torchvision.models.get_model_weights(model_name)
-    name = weights.name if isinstance(weights, enum) else str(weights).rpartition(".")[-1]
+    name = str(weights).removeprefix(f"{enum.__name__}.")
     one_of("weights", name, [*(member.name for member in enum), "DEFAULT"])
+    return enum[name]
 
 
 @BACKBONE_REGISTRY.register()

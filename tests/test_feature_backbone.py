@@ -1,0 +1,149 @@
+"""FeatureBackbone: any extractor, measured; a third source needs nothing more."""
+
+import pytest
+import torch
+from detbackbones import FeatureBackbone
+from detbackbones.feature_backbone import select_levels
+from detbackbones.freeze import frozen_prefix
+from detbackbones.levels import trace
+from models import images
+from torch import nn
+
+
+class Extractor(nn.Module):
+    """Three levels, given coarse to fine, the middle one with channels last."""
+
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Sequential(nn.Conv2d(3, 4, 4, 4), nn.BatchNorm2d(4), nn.ReLU())
+        self.b = nn.Conv2d(4, 6, 2, 2)
+        self.c = nn.Conv2d(6, 8, 2, 2)
+        self.classifier = nn.Linear(8, 10)
+
+    def forward(self, x):
+        a = self.a(x)
+        b = self.b(a)
+        return [self.c(b), b.permute(0, 2, 3, 1), a]
+
+
+NAMES = ["coarse", "middle", "fine"]
+
+
+def test_levels_are_measured_and_ordered_fine_to_coarse():
+    extractor = Extractor()
+    backbone = FeatureBackbone(extractor, NAMES)
+    assert {n: (s.channels, s.stride) for n, s in backbone.output_shape().items()} == {
+        "fine": (4, 4),
+        "middle": (6, 8),
+        "coarse": (8, 16),
+    }
+    assert backbone.size_divisibility == 16
+    levels = backbone(images(2, 3, 32, 48))
+    assert [(n, tuple(x.shape)) for n, x in levels.items()] == [
+        ("fine", (2, 4, 8, 12)),
+        ("middle", (2, 6, 4, 6)),
+        ("coarse", (2, 8, 2, 3)),
+    ]
+    assert torch.equal(levels["middle"], extractor.b(levels["fine"]))
+
+
+def test_what_no_level_needs_is_dropped():
+    backbone = FeatureBackbone(Extractor(), NAMES)
+    assert not [key for key in backbone.state_dict() if "classifier" in key]
+    assert {key.split(".")[1] for key in backbone.state_dict()} == {"a", "b", "c"}
+
+
+class Tail(Extractor):
+    """Runs on after its only level, whether or not it can do so on another input."""
+
+    def __init__(self, splits):
+        super().__init__()
+        self.splits = splits
+
+    def forward(self, x):
+        a = self.a(x)
+        b = self.b(a)
+        if self.splits:
+            b[:, 4:].relu()[:, 1].sum()
+        self.c(b)
+        return [a]
+
+
+@pytest.mark.parametrize("splits", [False, True])
+def test_what_runs_after_the_last_level(splits):
+    backbone = FeatureBackbone(Tail(splits), ["fine"])
+    assert ("model.b.weight" in backbone.state_dict()) is splits
+    level = backbone(images(2, 3, 32, 32))["fine"]
+    level.square().mean().backward()
+    learning = {name for name, p in backbone.named_parameters() if p.requires_grad}
+    assert learning == {f"model.a.{key}" for key in ("0.weight", "0.bias", "1.weight", "1.bias")}
+    assert all(backbone.get_parameter(name).grad is not None for name in learning)
+
+
+def test_keys_of_the_source_model():
+    keys = {f"{part}.{k}": f"net.{part}.{k}" for part in "bc" for k in ("weight", "bias")}
+    backbone = FeatureBackbone(Extractor(), NAMES, source_keys=keys)
+    state = backbone.state_dict()
+    assert "model.net.b.weight" in state and "model.b.weight" not in state
+    assert "model.a.0.weight" in state
+
+    inside = nn.Sequential(backbone)
+    assert "0.model.net.c.bias" in inside.state_dict()
+    twin = nn.Sequential(FeatureBackbone(Extractor(), NAMES, source_keys=keys))
+    given = inside.state_dict()
+    result = twin.load_state_dict(given)
+    assert not result.missing_keys and not result.unexpected_keys
+    assert "0.model.net.c.bias" in given  # the caller's dictionary is not renamed
+    assert torch.equal(twin[0].model.b.weight, backbone.model.b.weight)
+
+
+def test_load_source_counts_what_fits():
+    backbone = FeatureBackbone(Extractor(), NAMES)
+    source = Extractor().state_dict()
+    assert backbone.load_source(source) == (11, [])
+    assert torch.equal(backbone.model.c.weight, source["c.weight"])
+    source["c.weight"] = torch.zeros(1)
+    del source["a.0.bias"], source["a.1.num_batches_tracked"]
+    loaded, wanting = backbone.load_source(source)
+    assert loaded == 8 and wanting == ["a.0.bias", "c.weight"]
+
+
+def test_layers_that_the_source_has_not_are_refused():
+    source = Extractor().state_dict()
+    backbone = FeatureBackbone(Extractor(), NAMES, source_names=source)
+    assert backbone.load_source({**source, "other.weight": torch.zeros(1)})[1] == []
+    with pytest.raises(ValueError, match="no a.3.weight"):
+        backbone.load_source({**source, "a.3.weight": torch.zeros(1)})
+
+
+def test_frozen_modules_stay_in_eval_mode():
+    extractor = Extractor()
+    prefix = frozen_prefix(trace(extractor), 2, {})
+    backbone = FeatureBackbone(extractor, NAMES, prefix=prefix)
+    for mode in (True, False, True):
+        assert backbone.train(mode) is backbone
+        assert not backbone.model.a.training and backbone.model.b.training is mode
+    assert backbone.eval().model.c.training is False
+    assert [n for n, p in backbone.named_parameters() if not p.requires_grad] == [
+        "model.a.0.weight",
+        "model.a.0.bias",
+    ]
+
+
+def test_other_numbers_of_input_channels():
+    backbone = FeatureBackbone(
+        nn.Sequential(nn.Conv2d(2, 4, 2, 2), nn.Unflatten(0, (1, -1))), ["x"], in_channels=2
+    )
+    assert backbone.output_shape()["x"].channels == 4
+
+
+@pytest.mark.parametrize(
+    "asked, given",
+    [
+        (None, ["res2", "res3", "res5"]),
+        (["res5", "res2"], ["res2", "res5"]),
+        (("res1",), ["res1"]),
+    ],
+)
+def test_select_levels(asked, given):
+    assert select_levels(asked, ["res1", "res2", "res3", "res5", "res6"]) == given
