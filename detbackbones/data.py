@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 _versions: dict[str, object] = {}
 
 
-def register_coco(json_file: str, image_root: str) -> str:
+def register_coco(json_file: str, image_root: str, mask_format: str | None = None) -> str:
     """Check a COCO detection dataset and register it with detectron2 under a name of its own.
 
     The same files give the same name and are read again only if the JSON file has changed. Boxes
@@ -37,6 +37,8 @@ def register_coco(json_file: str, image_root: str) -> str:
     Args:
         json_file: path of the annotations, in COCO's format for instances.
         image_root: folder that the `file_name` of each image is relative to.
+        mask_format: the mapper's `instance_mask_format` if instance masks are needed: "polygon",
+            or "bitmask", which takes RLE too. None if the model has boxes alone.
 
     Returns:
         The dataset's name, for `get_detection_dataset_dicts` and `COCOEvaluator`.
@@ -45,15 +47,17 @@ def register_coco(json_file: str, image_root: str) -> str:
         FileNotFoundError: if the JSON file, the folder or an image is missing.
         ValueError: if a path is empty, or the JSON file is not COCO's format or has wrong entries.
     """
+    if mask_format is not None:
+        one_of("mask_format", mask_format, ("polygon", "bitmask"))
     json_path = existing("json_file", json_file, os.path.isfile, "the path of a COCO JSON file")
     image_path = existing("image_root", image_root, os.path.isdir, "the folder of the images")
     name = dataset_name(json_path, image_path)
     stat = json_path.stat()
-    version = (stat.st_mtime_ns, stat.st_size)
+    version = (stat.st_mtime_ns, stat.st_size, mask_format)
     if is_registered(name, version):
         return name
 
-    categories, num_clipped = _check_coco(json_path, image_path)
+    categories, num_clipped = _check_coco(json_path, image_path, mask_format)
     if num_clipped:
         logger.warning("%s: %d boxes stick out of their image: clipped.", json_path, num_clipped)
     ids = sorted(categories)
@@ -158,7 +162,7 @@ def few(items: Collection) -> str:
     return ", ".join(shown) + (", ..." if len(items) > len(shown) else "")
 
 
-def _check_coco(json_file: Path, image_root: Path) -> tuple[dict, int]:
+def _check_coco(json_file: Path, image_root: Path, mask_format: str | None) -> tuple[dict, int]:
     """Return the categories by id and the number of boxes to clip."""
     try:
         data = json.loads(json_file.read_bytes())
@@ -201,6 +205,13 @@ def _check_coco(json_file: Path, image_root: Path) -> tuple[dict, int]:
                 f"has bbox {box}, which has no area inside the image."
             )
         num_clipped += clipped is not box
+        mask = annotation.get("segmentation")
+        if mask_format and not mask:
+            raise ValueError(f"{where} has no 'segmentation', and the model needs instance masks.")
+        if mask_format == "polygon" and isinstance(mask, dict) and not annotation["iscrowd"]:
+            raise ValueError(
+                f"{where} has RLE: set dataloader.train.mapper.instance_mask_format=bitmask."
+            )
     return categories, num_clipped
 
 

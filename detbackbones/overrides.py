@@ -2,7 +2,7 @@
 
 import inspect
 
-from detectron2.config import LazyConfig, instantiate
+from detectron2.config import LazyConfig
 from detectron2.utils.registry import locate
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -40,13 +40,14 @@ def apply_overrides(cfg: DictConfig, overrides: list[str]) -> DictConfig:
 
 
 def _check_key(cfg: DictConfig, key: str) -> None:
-    node, path = cfg, ""
+    node, path, free = cfg, "", False
     for part in key.split("."):
         name, _, index = part.partition("[")
-        known = _keys(node)
+        known = None if free else _keys(node)
         if known is not None and name not in known:
             near = nearest(f"{path}{name}", [f"{path}{k}" for k in known])
             raise ValueError(f"config key {key!r} is unknown: {near}")
+        called = isinstance(node, DictConfig) and "_target_" in node
         try:
             inside = isinstance(node, (DictConfig, ListConfig))
             node = OmegaConf.select(node, part) if inside else None
@@ -54,6 +55,8 @@ def _check_key(cfg: DictConfig, key: str) -> None:
             node = None
         if node is None:  # an argument that the config does not mention: it decides what is valid
             return
+        # a dict that is an argument, such as model_kwargs, may have any keys
+        free = called and isinstance(node, DictConfig) and "_target_" not in node
         path += f"{name}." if not index else f"{part}."
 
 
@@ -61,13 +64,12 @@ def _keys(node: DictConfig | ListConfig | None) -> set[str] | None:
     """What may stand below a node; None if it is anything."""
     if isinstance(node, ListConfig):
         return {str(i) for i in range(len(node))}
-    if not isinstance(node, DictConfig) or len(node) == 0:
-        return None  # an empty dict such as model_kwargs
+    if not isinstance(node, DictConfig):
+        return None
     keys = {str(key) for key in node}
     if "_target_" not in node:
         return keys
-    target = instantiate(node._target_)
-    target = locate(target) if isinstance(target, str) else target
+    target = locate(node._target_) if isinstance(node._target_, str) else node._target_
     parameters = inspect.signature(target).parameters.values()
     if any(p.kind == p.VAR_KEYWORD for p in parameters):
         return None

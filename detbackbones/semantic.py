@@ -1,13 +1,14 @@
-"""A user's own label maps as a detectron2 dataset for semantic segmentation."""
+"""A user's own label maps as a detectron2 dataset, and the evaluators that read label maps."""
 
 import glob
+import importlib.util
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-from detectron2.evaluation import SemSegEvaluator
+from detectron2.evaluation import COCOPanopticEvaluator, SemSegEvaluator
 from PIL import Image
 
 from .data import dataset_name, existing, few, is_registered, register
@@ -98,6 +99,24 @@ def sem_seg_evaluator(dataset_name: str) -> SemSegEvaluator:
         dataset_name: a dataset that `register_semantic` or detectron2 registered.
     """
     return SemSegEvaluator(dataset_name, sem_seg_loading_fn=read_label_map)
+
+
+def panoptic_evaluator(dataset_name: str) -> COCOPanopticEvaluator:
+    """detectron2's COCOPanopticEvaluator, which would miss its package only after the training.
+
+    Args:
+        dataset_name: a dataset of panoptic segmentation that detectron2 registered.
+
+    Raises:
+        ModuleNotFoundError: if panopticapi is not installed.
+    """
+    if importlib.util.find_spec("panopticapi") is None:
+        raise ModuleNotFoundError(
+            "the evaluation of panoptic segmentation needs panopticapi, which is not installed: "
+            "pip install git+https://github.com/cocodataset/panopticapi, or remove this evaluator "
+            "from dataloader.evaluator"
+        )
+    return COCOPanopticEvaluator(dataset_name)
 
 
 def _list_images(image_root: str) -> list[Path]:

@@ -10,8 +10,10 @@ from typing import Any
 import numpy as np
 import torch
 from detectron2.engine import SimpleTrainer
+from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from detectron2.utils.events import EventWriter, get_event_storage
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from .messages import one_of
 
@@ -33,8 +35,9 @@ def seed_step(seed: int, rank: int, iteration: int) -> None:
 class Trainer(SimpleTrainer):
     """detectron2's SimpleTrainer with mixed precision, clipping and a seed for each step.
 
-    Its state dict holds the optimizer, the gradient scaler and the hooks' state; the order of the
-    data and the random numbers follow from the seed and the iteration.
+    Its state dict holds the optimizer, the gradient scaler and what the model keeps outside its own
+    state dict; the order of the data, the random numbers and the learning rate follow from the seed
+    and the iteration.
     """
 
     def __init__(
@@ -104,18 +107,35 @@ class Trainer(SimpleTrainer):
         self.scaler.update()
 
     def state_dict(self) -> dict[str, Any]:
-        """Iteration, hooks, optimizer, gradient scaler and seed."""
-        return {**super().state_dict(), "scaler": self.scaler.state_dict(), "seed": self.seed}
+        """Iteration, optimizer, gradient scaler, seed and loss normalizers."""
+        state = super().state_dict()
+        state.pop("hooks", None)  # the learning rate's is a function of the iteration
+        normalizers = {
+            name: module.loss_normalizer
+            for name, module in self._dense_detectors()
+            if hasattr(module, "loss_normalizer")
+        }
+        scaler = self.scaler.state_dict()
+        return {**state, "scaler": scaler, "seed": self.seed, "loss_normalizers": normalizers}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue from a state; the seed stays that of the interrupted run."""
-        super().load_state_dict(state_dict)
-        self.scaler.load_state_dict(state_dict["scaler"])
+        """Continue from a state; the seed must be that of the interrupted run."""
         if state_dict["seed"] != self.seed:
             raise ValueError(
                 f"train.seed={self.seed} differs from the interrupted run's {state_dict['seed']}: "
                 "resume with that one"
             )
+        super().load_state_dict(state_dict)
+        if state_dict["scaler"]:  # empty where the interrupted run needed none
+            self.scaler.load_state_dict(state_dict["scaler"])
+        for name, module in self._dense_detectors():
+            if name in state_dict["loss_normalizers"]:
+                module.loss_normalizer = state_dict["loss_normalizers"][name]
+
+    def _dense_detectors(self) -> list[tuple[str, DenseDetector]]:
+        """RetinaNet and FCOS, which divide losses by a running mean that is no buffer of theirs."""
+        model = self.model.module if isinstance(self.model, DistributedDataParallel) else self.model
+        return [(n, m) for n, m in model.named_modules() if isinstance(m, DenseDetector)]
 
 
 class ProgressPrinter(EventWriter):

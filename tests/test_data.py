@@ -7,18 +7,10 @@ from pathlib import Path
 import detectron2.data.transforms as T
 import numpy as np
 import pytest
-import torch
+from detbackbones.data import CheckedDatasetMapper, num_classes, register_coco
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.evaluation import COCOEvaluator, SemSegEvaluator
+from detectron2.evaluation import COCOEvaluator
 from PIL import Image
-
-from detbackbones.data import (
-    CheckedDatasetMapper,
-    num_classes,
-    read_label_map,
-    register_coco,
-    register_semantic,
-)
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="the sample data is not there")
@@ -144,6 +136,35 @@ def test_wrong_coco_is_refused(folder, spoil, message):
     assert "train.json" in str(error.value)
 
 
+POLYGON, RLE = [[1, 2, 11, 2, 11, 7]], {"size": [HEIGHT, WIDTH], "counts": [0, 1200]}
+
+
+@pytest.mark.parametrize(
+    ("mask_format", "masks", "message"),
+    [
+        (None, {}, None),
+        ("polygon", {"segmentation": POLYGON}, None),
+        ("bitmask", {"segmentation": RLE}, None),
+        ("polygon", {"segmentation": RLE, "iscrowd": 1}, None),
+        ("polygon", {}, "annotation 1 has no 'segmentation'"),
+        ("bitmask", {"segmentation": []}, "annotation 1 has no 'segmentation'"),
+        ("polygon", {"segmentation": RLE}, "annotation 1 has RLE: set .*=bitmask"),
+        ("polygons", {"segmentation": POLYGON}, "mask_format='polygons' .* 'polygon', 'bitmask'"),
+    ],
+)
+def test_masks_are_there_if_the_model_needs_them(folder, mask_format, masks, message):
+    data = coco()
+    for annotation in data["annotations"]:
+        annotation.update(masks)
+    json_file, images = write(folder, data), str(folder / "images")
+    register_coco(json_file, images)  # without masks all is right
+    if message is None:
+        register_coco(json_file, images, mask_format)
+    else:
+        with pytest.raises(ValueError, match=message):
+            register_coco(json_file, images, mask_format)
+
+
 @pytest.mark.parametrize(
     ("text", "message"), [("{", "not JSON"), ("", "not JSON"), ("[1]", "not a COCO file")]
 )
@@ -175,113 +196,6 @@ def test_num_classes_of_a_dataset_that_is_not_registered():
     with pytest.raises(ValueError, match="dataset=.*'coco_2017_train'"):
         num_classes("coco_2017_trian")
     assert num_classes("coco_2017_train") == 80
-
-
-@pytest.fixture
-def semantic(folder):
-    (folder / "labels").mkdir()
-    for i in (1, 2):
-        label = np.full((HEIGHT, WIDTH), i - 1, np.uint8)
-        label[0, :3] = 255
-        Image.fromarray(label).save(folder / "labels" / f"{i}.png")
-    return folder
-
-
-def test_semantic_is_registered(semantic):
-    images, labels = str(semantic / "images"), str(semantic / "labels")
-    name = register_semantic(images, labels, 2, ["cell", "nucleus"])
-    assert register_semantic(images, labels, 2, ["cell", "nucleus"]) == name
-    second = DatasetCatalog.get(name)[1]
-    assert second == {
-        "file_name": os.path.join(images, "2.png"),
-        "sem_seg_file_name": os.path.join(labels, "2.png"),
-        "image_id": "2",
-        "height": HEIGHT,
-        "width": WIDTH,
-    }
-    metadata = MetadataCatalog.get(name)
-    assert (metadata.stuff_classes, metadata.ignore_label) == (["cell", "nucleus"], 255)
-    with pytest.raises(ValueError, match="no thing classes"):
-        num_classes(name)
-
-    mapped = CheckedDatasetMapper(True, augmentations=[], image_format="RGB")(second)
-    assert mapped["sem_seg"].unique().tolist() == [1, 255]
-
-
-def test_semantic_pattern_selects_images(semantic):
-    labels = str(semantic / "labels")
-    one = register_semantic(str(semantic / "images" / "2*"), labels, 3)
-    both = register_semantic(str(semantic / "images"), labels, 3)
-    assert one != both
-    assert [d["image_id"] for d in DatasetCatalog.get(one)] == ["2"]
-    assert len(DatasetCatalog.get(both)) == 2
-    assert MetadataCatalog.get(one).stuff_classes == ["class_0", "class_1", "class_2"]
-
-
-def test_semantic_evaluator_takes_the_dataset(semantic):
-    name = register_semantic(str(semantic / "images"), str(semantic / "labels"), 2)
-    evaluator = SemSegEvaluator(name, distributed=False, sem_seg_loading_fn=read_label_map)
-    evaluator.reset()
-    truth = DatasetCatalog.get(name)
-    for record in truth:  # class 0 everywhere: right in the first image, wrong in the second
-        scores = torch.zeros(2, HEIGHT, WIDTH)
-        scores[0] = 1
-        evaluator.process([record], [{"sem_seg": scores}])
-    assert evaluator.evaluate()["sem_seg"]["pACC"] == pytest.approx(50)
-
-
-def save_label(folder, values, mode="L"):
-    image = Image.fromarray(np.resize(np.array(values, np.uint8), (HEIGHT, WIDTH)))
-    image.convert(mode).save(folder / "labels" / "1.png")
-
-
-BAD_SEMANTIC = {
-    "value": (lambda f: save_label(f, [0, 1, 2, 9]), ValueError, "1.png' has the values 2, 9;"),
-    "palette": (lambda f: save_label(f, [0, 1], "P"), ValueError, "1.png' has PIL mode P"),
-    "no label": (
-        lambda f: (f / "labels" / "2.png").unlink(),
-        FileNotFoundError,
-        r"no label map '2.png' \(1 of 2",
-    ),
-    "size": (
-        lambda f: Image.new("L", (5, 6)).save(f / "labels" / "1.png"),
-        ValueError,
-        "1.png' is 5x6 pixels; its image is 40x30",
-    ),
-    "broken label": (
-        lambda f: (f / "labels" / "1.png").write_bytes(b"no png"),
-        ValueError,
-        "label map .*1.png' cannot be read",
-    ),
-}
-
-
-@pytest.mark.parametrize(("spoil", "error", "message"), BAD_SEMANTIC.values(), ids=BAD_SEMANTIC)
-def test_wrong_label_maps_are_refused(semantic, spoil, error, message):
-    spoil(semantic)
-    with pytest.raises(error, match=message):
-        register_semantic(str(semantic / "images"), str(semantic / "labels"), 2)
-
-
-@pytest.mark.parametrize(
-    ("change", "error", "message"),
-    [
-        ({"num_classes": 0}, ValueError, "num_classes is 0"),
-        ({"num_classes": 256}, ValueError, r"must be in 1\.\.255"),
-        ({"class_names": ["a"]}, ValueError, "class_names has 1 names; num_classes is 2"),
-        ({"image_root": ""}, ValueError, "image_root is empty"),
-        ({"image_root": "image"}, FileNotFoundError, "did you mean 'images'"),
-        ({"image_root": "images/train_*"}, FileNotFoundError, "has no .jpg"),
-        ({"image_root": "."}, FileNotFoundError, "has no .jpg"),
-        ({"image_root": "labels"}, ValueError, "is its own label map"),
-        ({"label_root": "label"}, FileNotFoundError, "did you mean 'labels'"),
-    ],
-)
-def test_wrong_semantic_arguments_are_refused(semantic, monkeypatch, change, error, message):
-    monkeypatch.chdir(semantic)
-    arguments = {"image_root": "images", "label_root": "labels", "num_classes": 2, **change}
-    with pytest.raises(error, match=message):
-        register_semantic(**arguments)
 
 
 @pytest.mark.parametrize("suffix", ["png", "jpg"])
@@ -319,11 +233,3 @@ def test_coco_sample_data(json_file, images, count, classes):
     name = register_coco(str(DATA / json_file), str(DATA / images))
     assert len(DatasetCatalog.get(name)) == count
     assert classes is None or MetadataCatalog.get(name).thing_classes == classes
-
-
-@needs_data
-@pytest.mark.parametrize(("split", "count"), [("train", 120), ("val", 40)])
-def test_semantic_sample_data(split, count):
-    images = DATA / "nuclei" / "images" / f"{split}_*.jpg"
-    name = register_semantic(str(images), str(DATA / "nuclei" / "labels"), 2)
-    assert len(DatasetCatalog.get(name)) == count

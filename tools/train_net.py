@@ -9,25 +9,28 @@ import argparse
 import copy
 import logging
 import os
+import re
 import sys
 import warnings
 from pathlib import Path
 
 import torch
-from detbackbones.checkpoint import Checkpointer, load_init_checkpoint
-from detbackbones.messages import nearest
+from detbackbones.checkpoint import Checkpointer, load_init_checkpoint, read_state_dict
+from detbackbones.config import get_config
+from detbackbones.messages import nearest, one_of
 from detbackbones.overrides import apply_overrides
 from detbackbones.trainer import AMP_DTYPES, ProgressPrinter, Trainer, seed_step
 from detbackbones.visualize import draw_curves, draw_predictions
 from detectron2.config import LazyConfig, instantiate
 from detectron2.data import MetadataCatalog
+from detectron2.data.detection_utils import SizeMismatchError
 from detectron2.engine import hooks, launch
 from detectron2.engine.defaults import create_ddp_model
 from detectron2.evaluation import inference_on_dataset
 from detectron2.utils import comm
 from detectron2.utils.events import JSONWriter, TensorboardXWriter
 from detectron2.utils.logger import setup_logger
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from tabulate import tabulate
 from torch.multiprocessing import ProcessExitedException
 from torch.nn.parallel import DistributedDataParallel
@@ -38,17 +41,34 @@ logger = logging.getLogger("detbackbones.train_net")
 warnings.filterwarnings("ignore", message="torch.meshgrid: in an upcoming release")
 logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
 
+# wrong images, whose sentence is printed: detectron2 would log the traceback before it
+DATA_ERRORS = (OSError, SizeMismatchError)
+logging.getLogger("detectron2.engine.train_loop").addFilter(
+    lambda record: not (record.exc_info and isinstance(record.exc_info[1], DATA_ERRORS))
+)
+
 
 def load_config(args: argparse.Namespace) -> DictConfig:
-    """The config with its overrides, and the device chosen."""
+    """The config with its overrides, its settings checked and the device chosen."""
     if not os.path.isfile(args.config_file):
         folder = os.path.dirname(args.config_file) or "."
         names = os.listdir(folder) if os.path.isdir(folder) else []
         near = nearest(os.path.basename(args.config_file), names)
         raise FileNotFoundError(f"--config-file {args.config_file} does not exist: {near}")
-    cfg = apply_overrides(LazyConfig.load(args.config_file), args.opts)
-    if cfg.train.device == "auto":
-        cfg.train.device = "cuda" if torch.cuda.is_available() else "cpu"
+    cfg = LazyConfig.load(args.config_file)
+    for key in ("model", "dataloader", "optimizer", "lr_multiplier"):
+        if key not in cfg:
+            raise ValueError(f"--config-file {args.config_file} has no {key!r}")
+    # a config made for detectron2's own program lacks some settings
+    cfg.train = OmegaConf.merge(get_config("common/train.py").train, cfg.get("train", {}))
+    settings = apply_overrides(cfg, args.opts).train
+    if not isinstance(settings.seed, int) or settings.seed < 0:
+        raise ValueError(f"train.seed={settings.seed!r} must be a whole number from 0")
+    one_of("train.amp.dtype", settings.amp.dtype, AMP_DTYPES)
+    gpu = torch.cuda.is_available()
+    one_of("train.device", settings.device, ("auto", "cpu", "cuda") if gpu else ("auto", "cpu"))
+    if settings.device == "auto":
+        settings.device = "cuda" if gpu else "cpu"
     return cfg
 
 
@@ -56,13 +76,17 @@ def prepare_output(cfg: DictConfig, args: argparse.Namespace) -> None:
     """Make the output folder; refuse one that holds another run unless asked."""
     folder = Path(cfg.train.output_dir)
     if not args.eval_only and not args.resume:
-        run = _existing(folder, "config.yaml", "metrics.json", "last_checkpoint", "model_*.pth")
+        weights = ("last_checkpoint", "model_final.pth", "model_[0-9]*.pth")
+        run = _existing(folder, "config.yaml", "metrics.json", *weights)
         if run and not args.overwrite:
             raise FileExistsError(
                 f"train.output_dir={folder} holds a run already ({run[0].name}): choose another, "
                 "continue it with --resume, or replace it with --overwrite"
             )
-        for path in [*run, *_existing(folder, "log.txt*", "events.out.tfevents.*", "*.png")]:
+        if run:
+            pictures = ("predictions.png", "curves.png")
+            run += _existing(folder, "log.txt*", "events.out.tfevents.*", *pictures)
+        for path in run:
             path.unlink()
     folder.mkdir(parents=True, exist_ok=True)
 
@@ -116,7 +140,8 @@ def build_trainer(cfg: DictConfig) -> Trainer:
     settings = cfg.train
     seed_step(settings.seed, 0, 0)
     loader = instantiate(cfg.dataloader.train)
-    instantiate(cfg.dataloader.test.dataset)  # a fault in it is to be found now
+    instantiate(cfg.dataloader.test.dataset)  # a fault in these is to be found now
+    instantiate(cfg.dataloader.evaluator)
     model = instantiate(cfg.model).to(settings.device)
     optimizer_cfg = copy.deepcopy(cfg.optimizer)
     optimizer_cfg.params.model = model
@@ -142,11 +167,25 @@ def load_weights(cfg: DictConfig, checkpointer: Checkpointer, *, last: bool) -> 
     """
     init = cfg.train.init_checkpoint
     if last and checkpointer.has_checkpoint():
-        checkpointer.load(checkpointer.get_checkpoint_file())
+        file = checkpointer.get_checkpoint_file()
+        check_fit(checkpointer.model, file)
+        checkpointer.load(file)
         return True
     if init:
         load_init_checkpoint(checkpointer.model, init, allow_pickle=cfg.train.allow_pickle)
     return False
+
+
+def check_fit(model: torch.nn.Module, file: str) -> None:
+    """Refuse a checkpoint that leaves weights of the model as they were drawn."""
+    own, state = model.state_dict(), read_state_dict(file)
+    wrong = [k for k, v in own.items() if k not in state or state[k].shape != v.shape]
+    wrong = [k for k in wrong if not k.endswith("num_batches_tracked")]
+    if wrong:
+        raise ValueError(
+            f"checkpoint {file!r} is not of this model: {len(wrong)} of the model's {len(own)} "
+            f"tensors are missing in it or of another shape ({wrong[0]}, ...)"
+        )
 
 
 def train(cfg: DictConfig, trainer: Trainer, checkpointer: Checkpointer, start_iter: int) -> None:
@@ -205,11 +244,11 @@ def run(cfg: DictConfig, args: argparse.Namespace) -> None:
         resumed = load_weights(cfg, checkpointer, last=args.resume)
         if main:
             LazyConfig.save(cfg, os.path.join(folder, "config.yaml"))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         fail(error)
     try:
         train(cfg, trainer, checkpointer, trainer.iter + 1 if resumed else 0)
-    except OSError as error:  # an image that cannot be read, a full disk
+    except DATA_ERRORS as error:
         fail(error)
 
 
@@ -217,8 +256,11 @@ def evaluate_only(cfg: DictConfig) -> None:
     """Evaluate ``train.init_checkpoint``, or the last checkpoint in the output folder."""
     model = instantiate(cfg.model).to(cfg.train.device)
     checkpointer = Checkpointer(model, cfg.train.output_dir, save_to_disk=False)
-    found = load_weights(cfg, checkpointer, last=not cfg.train.init_checkpoint)
-    if not found and not cfg.train.init_checkpoint:
+    init = cfg.train.init_checkpoint
+    if init and not cfg.train.allow_pickle:
+        check_fit(model, init)
+    found = load_weights(cfg, checkpointer, last=not init)
+    if not found and not init:
         raise FileNotFoundError(
             f"--eval-only has nothing to evaluate: train.output_dir={cfg.train.output_dir} holds "
             "no checkpoint, and train.init_checkpoint is empty"
@@ -229,9 +271,11 @@ def evaluate_only(cfg: DictConfig) -> None:
 
 
 def fail(error: Exception) -> None:
-    """End with the error's sentence: the last line, if it comes from a data loader's process."""
+    """End with the error's sentence, on one line."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
-    print(f"train_net: {lines[-1].removeprefix('OSError: ')}", file=sys.stderr)
+    if lines[0].startswith("Caught "):  # and raised again, with a traceback, by a data loader
+        lines = [re.sub(r"^[\w.]+: ", "", lines[-1])]
+    print("train_net:", *lines, file=sys.stderr)
     sys.exit(2)
 
 
@@ -270,9 +314,8 @@ def processes_per_machine(args: argparse.Namespace) -> int:
     return args.num_gpus
 
 
-def join_torchrun() -> None:
+def join_torchrun(gpu: bool) -> None:
     """Join the group of processes that torchrun has started."""
-    gpu = torch.cuda.is_available()
     torch.distributed.init_process_group("nccl" if gpu else "gloo")
     comm.create_local_process_group(int(os.environ["LOCAL_WORLD_SIZE"]))
     if gpu:
@@ -291,7 +334,7 @@ def main() -> None:
     except (ValueError, OSError) as error:
         fail(error)
     if by_torchrun:
-        join_torchrun()
+        join_torchrun(cfg.train.device == "cuda")
         run(cfg, args)
         return
     try:

@@ -12,3 +12,7 @@ model.roi_heads.box_head.fc_dims = [512, 512]
 model.roi_heads.mask_head.conv_dims = ["${....backbone.out_channels}"] * 5
 model.backbone.out_channels = 128
 model.backbone.bottom_up.model_name = "resnet18"
+
+dataloader.train.mapper.instance_mask_format = "polygon"  # or "bitmask", which takes RLE too
+dataloader.train.dataset.names.mask_format = "${dataloader.train.mapper.instance_mask_format}"
+dataloader.test.dataset.names.mask_format = "${dataloader.train.mapper.instance_mask_format}"

@@ -18,6 +18,7 @@ for split, loader in (("train", dataloader.train), ("val", dataloader.test)):
         num_classes="${dataset.num_classes}",
     )
     loader.dataset.filter_empty = False
+del loader  # or it would be a part of the config
 dataloader.train.mapper.use_instance_mask = False
 dataloader.evaluator = L(sem_seg_evaluator)(dataset_name="${..test.dataset.names}")
 

@@ -10,6 +10,5 @@ model = L(SemanticSegmentor)(
     sem_seg_head=panoptic.sem_seg_head,
     pixel_mean=panoptic.pixel_mean,
     pixel_std=panoptic.pixel_std,
-    input_format="RGB",
 )
 model.sem_seg_head.loss_weight = 1.0

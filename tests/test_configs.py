@@ -1,0 +1,201 @@
+"""Every config trains, evaluates and can be saved, with a tiny backbone on tiny data."""
+
+import json
+import math
+
+import pytest
+import torch
+from detbackbones import get_config, list_configs
+from detbackbones.checkpoint import Checkpointer
+from detbackbones.data import register_coco
+from detbackbones.overrides import apply_overrides
+from detectron2.config import LazyConfig, instantiate
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import register_coco_panoptic_separated
+from detectron2.utils.events import EventStorage
+from omegaconf import OmegaConf
+
+BOTTOM_UP = "model.backbone.bottom_up"
+STUFF = 54  # classes of the heads for COCO's stuff
+
+# What takes the place of a config's backbone: the first prefix of its file's name that fits.
+TINY = {
+    "torchvision": [f"{BOTTOM_UP}.model_name=mobilenet_v3_small", f"{BOTTOM_UP}.weights=null"],
+    "timm_convnext": [f"{BOTTOM_UP}.model_name=test_convnext", f"{BOTTOM_UP}.pretrained=False"],
+    "timm_efficientnet": [
+        f"{BOTTOM_UP}.model_name=test_efficientnet",
+        f"{BOTTOM_UP}.pretrained=False",
+    ],
+    "timm_swin": [
+        f"{BOTTOM_UP}.pretrained=False",
+        f"{BOTTOM_UP}.model_kwargs.embed_dim=16",
+        f"{BOTTOM_UP}.model_kwargs.depths=[1, 1, 1, 1]",
+        f"{BOTTOM_UP}.model_kwargs.num_heads=[1, 2, 2, 2]",
+    ],
+    "timm_vit": [f"{BOTTOM_UP}.model_name=test_vit", f"{BOTTOM_UP}.pretrained=False"],
+    "": [f"{BOTTOM_UP}.model_name=test_resnet", f"{BOTTOM_UP}.pretrained=False"],
+}
+
+METRIC = {"semantic_fpn": "sem_seg/mIoU", "mask_rcnn": "segm/AP", "panoptic_fpn": "segm/AP"}
+
+
+@pytest.fixture(scope="module")
+def datasets(tiny):
+    """The tiny data set in the forms of COCO: the name that stands for each builtin one."""
+    names = {}
+    for split in ("train", "val"):
+        images, labels = str(tiny / "images" / split), str(tiny / "labels" / split)
+        json_file = str(tiny / f"{split}.json")
+        names[f"coco_2017_{split}"] = register_coco(json_file, images, "polygon")
+        metadata = {
+            "thing_classes": ["circle", "square"],
+            "stuff_classes": [f"stuff {i}" for i in range(STUFF)],
+        }
+        register_coco_panoptic_separated(
+            f"tiny_{split}_panoptic", metadata, images, "", "", labels, json_file
+        )
+        for form in ("separated", "stuffonly"):
+            names[f"coco_2017_{split}_panoptic_{form}"] = f"tiny_{split}_panoptic_{form}"
+    yield names
+    for name in names.values():
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
+
+
+@pytest.fixture
+def load(tiny, datasets, tmp_path):
+    """Load a config that is as it is but small: 64 pixels, 64 channels, two iterations."""
+
+    def load_small(name, *words):
+        cfg = get_config(name)
+        file = name.rpartition("/")[2]
+        words = words or next(w for prefix, w in TINY.items() if file.startswith(prefix))
+        apply_overrides(cfg, list(words))
+        apply_overrides(
+            cfg,
+            [
+                "model.backbone.out_channels=64",
+                "train.max_iter=2",
+                "train.log_period=1",
+                "train.pictures=1",
+                "train.device=cpu",
+                f"train.output_dir='{tmp_path}'",
+                "dataloader.train.total_batch_size=2",
+                "dataloader.train.num_workers=0",
+                "dataloader.test.num_workers=0",
+                "dataloader.train.mapper.augmentations.0.short_edge_length=[64]",
+                "dataloader.test.mapper.augmentations.0.short_edge_length=64",
+            ],
+        )
+        if "dataset" in cfg:
+            for split in ("train", "val"):
+                cfg.dataset[f"{split}_images"] = str(tiny / "images" / split)
+                key, value = ("json", f"{split}.json")
+                if "num_classes" in cfg.dataset:
+                    key, value = ("labels", f"labels/{split}")
+                    cfg.dataset.num_classes = 3
+                cfg.dataset[f"{split}_{key}"] = str(tiny / value)
+        else:
+            for loader in (cfg.dataloader.train, cfg.dataloader.test):
+                loader.dataset.names = datasets[loader.dataset.names]
+            detector = cfg.model.get("roi_heads", cfg.model)
+            if "num_classes" in detector:
+                detector.num_classes = 2
+        roi_heads = cfg.model.get("roi_heads", {})
+        for head in [*roi_heads.get("box_heads", ()), roi_heads.get("box_head")]:
+            if head:
+                head.fc_dims = [32, 32]
+        # detections whatever the score, or COCOEvaluator has nothing to evaluate
+        for predictor in [*roi_heads.get("box_predictors", ()), roi_heads.get("box_predictor")]:
+            if predictor:
+                predictor.update(test_score_thresh=-1.0, test_topk_per_image=10)
+        if roi_heads:
+            roi_heads.batch_size_per_image = 32
+        elif "head" in cfg.model:
+            cfg.model.test_score_thresh = -1.0
+        if "mask_head" in roi_heads:
+            roi_heads.mask_head.conv_dims = [16, 16]
+        if name.startswith("panoptic"):
+            del cfg.dataloader.evaluator[2]  # needs panopticapi, which is not on the index
+        return cfg
+
+    return load_small
+
+
+@pytest.mark.parametrize("name", list_configs())
+def test_every_config_trains_and_evaluates(load, train_net, tmp_path, name):
+    cfg = load(name)
+    trainer = train_net.build_trainer(cfg)
+    model = trainer.model
+    before = {k: v.detach().clone() for k, v in model.named_parameters()}
+    train_net.train(cfg, trainer, Checkpointer(model, str(tmp_path), trainer=trainer), 0)
+
+    rows = [json.loads(line) for line in (tmp_path / "metrics.json").read_text().splitlines()]
+    losses = [row for row in rows if "total_loss" in row]
+    assert [row["iteration"] for row in losses] == [0, 1]
+    assert all(math.isfinite(v) for row in losses for k, v in row.items() if "loss" in k)
+    assert any(next((m for d, m in METRIC.items() if d in name), "bbox/AP") in row for row in rows)
+    for file in ("predictions.png", "curves.png", "model_final.pth"):
+        assert (tmp_path / file).stat().st_size > 0
+
+    trainable = {k: p for k, p in model.named_parameters() if p.requires_grad}
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in trainable.values())
+    after = dict(model.named_parameters())
+    parts = {".".join(k.split(".")[:2]) for k in trainable}
+    assert {"backbone.bottom_up", "backbone.net"} & parts
+    for part in parts:  # the backbone, the pyramid's convolutions, each head
+        keys = [k for k in trainable if k.startswith(part)]
+        assert any(not torch.equal(before[k], after[k]) for k in keys), part
+    frozen = [k for k, p in model.named_parameters() if not p.requires_grad]
+    assert frozen or cfg.model.backbone.bottom_up.freeze_at == 0
+    assert all(torch.equal(before[k], after[k]) for k in frozen)
+
+
+@pytest.mark.parametrize("name", list_configs())
+def test_every_config_can_be_saved(name, tmp_path):
+    cfg, file = get_config(name), str(tmp_path / "config.yaml")
+    LazyConfig.save(cfg, file)
+    assert not (tmp_path / "config.yaml.pkl").exists()
+    loaded = LazyConfig.load(file)
+    LazyConfig.save(loaded, str(tmp_path / "again.yaml"))
+    assert (tmp_path / "again.yaml").read_text() == (tmp_path / "config.yaml").read_text()
+    assert OmegaConf.to_container(loaded, resolve=True).keys() == cfg.keys()
+    assert loaded.model.backbone.out_channels == cfg.model.backbone.out_channels
+
+
+@pytest.mark.parametrize("model_name", ["regnety_002", "vit_tiny_patch16_224"])
+@pytest.mark.parametrize("detector", ["mask_rcnn", "retinanet", "semantic_fpn"])
+def test_the_name_alone_changes_the_backbone(load, detector, model_name):
+    words = (f"{BOTTOM_UP}.model_name={model_name}", f"{BOTTOM_UP}.pretrained=False")
+    cfg = load(f"{detector}/timm_r50_fpn_1x.py", *words)
+    model = instantiate(cfg.model)
+    batch = next(iter(instantiate(cfg.dataloader.train)))
+    with EventStorage():
+        losses = model(batch)
+    assert all(loss.isfinite() for loss in losses.values())
+    sum(losses.values()).backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("name", [n for n in list_configs() if "timm_r50" in n or "finetune" in n])
+def test_no_channel_number_is_typed_in(load, name):
+    """Another width of the pyramid is taken up by every layer that follows it."""
+    cfg = load(name)
+    narrow = instantiate(cfg.model)
+    cfg.model.backbone.out_channels = 128
+    wide = instantiate(cfg.model)
+    changed = {
+        key.rpartition(".")[0]: (before.shape, after.shape)
+        for (key, before), after in zip(narrow.named_parameters(), wide.parameters())
+        if before.shape != after.shape
+    }
+    assert len(changed) > 4
+    for before, after in changed.values():
+        assert all(b == a or a == 2 * b for b, a in zip(before, after))
+
+
+def test_a_config_that_does_not_exist():
+    with pytest.raises(FileNotFoundError, match="'mask_rcnn/timm_r50.py'.*timm_r50_fpn_1x.py"):
+        get_config("mask_rcnn/timm_r50.py")
+    assert len(list_configs()) >= 22
+    assert not [name for name in list_configs() if "common" in name]
