@@ -1,10 +1,12 @@
 """FeatureBackbone: a feature extractor of any source as a detectron2 backbone."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import Backbone
+from omegaconf import OmegaConf
 from torch import nn
 
 from .freeze import NO_PREFIX, Prefix, freeze
@@ -30,6 +32,13 @@ def select_levels(out_features: Sequence[str] | None, valid: Sequence[str]) -> l
             + nearest(wrong[0] if wrong else "", valid)
         )
     return [name for name in valid if name in out_features]
+
+
+def plain_dict(arguments: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Keyword arguments as a dict of its own, with plain lists and dicts where a config had its."""
+    if OmegaConf.is_config(arguments):
+        return OmegaConf.to_container(arguments, resolve=True)
+    return dict(arguments or {})
 
 
 class FeatureBackbone(Backbone):

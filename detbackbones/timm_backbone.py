@@ -16,7 +16,7 @@ from timm.models._manipulate import adapt_input_conv
 from torch import nn
 
 from .checkpoint import downloading_from_hub, load_backbone_checkpoint
-from .feature_backbone import FeatureBackbone, select_levels
+from .feature_backbone import FeatureBackbone, plain_dict, select_levels
 from .freeze import frozen_prefix
 from .levels import Trace, last_of_each_stride, trace
 from .messages import nearest, one_of
@@ -90,7 +90,7 @@ class TimmBackbone(FeatureBackbone):
         if norm_layer is not None:
             norm = norm_from_layer(norm_layer, norm)
 
-        kwargs = dict(model_kwargs or {}, in_chans=in_channels)
+        kwargs = {**plain_dict(model_kwargs), "in_chans": in_channels}
         if drop_path_rate is not None:
             kwargs["drop_path_rate"] = drop_path_rate
         source = _create(model_name, "meta", **kwargs)

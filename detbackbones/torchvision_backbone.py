@@ -15,7 +15,7 @@ from torchvision.models.feature_extraction import create_feature_extractor, get_
 from torchvision.ops import StochasticDepth
 
 from .checkpoint import downloading
-from .feature_backbone import FeatureBackbone, select_levels
+from .feature_backbone import FeatureBackbone, plain_dict, select_levels
 from .freeze import frozen_prefix
 from .levels import PROBE_SIZE, measure_shape, trace
 from .messages import nearest, one_of
@@ -77,7 +77,7 @@ class TorchvisionBackbone(FeatureBackbone):
             warnings.filterwarnings("ignore", message=".*initialization of .* will be changed")
             try:
                 source = torchvision.models.get_model(
-                    model_name, weights=weights, **(model_kwargs or {})
+                    model_name, weights=weights, **plain_dict(model_kwargs)
                 )
             except (TypeError, ValueError) as error:
                 raise ValueError(f"model_name={model_name!r} cannot be built: {error}") from error

@@ -197,11 +197,16 @@ def test_pickles_need_permission(tmp_path):
     assert not (tmp_path / "executed").exists()
 
 
+@pytest.mark.parametrize("prefix", ["backbone.", "backbone.bottom_up.", "backbone.net."])
+@pytest.mark.parametrize("outer", ["", "module."])
+def test_backbone_state_dict(outer, prefix):
+    state = {f"{outer}{prefix}model.conv.weight": STATE["a.bias"], "roi_heads.model.x": 0}
+    assert backbone_state_dict(state) == {"conv.weight": STATE["a.bias"]}
+
+
 @pytest.mark.parametrize("suffix", ["pth", "safetensors"])
-@pytest.mark.parametrize(
-    "prefix", ["backbone.bottom_up.", "backbone.net.", "backbone.", "module.backbone."]
-)
-def test_export_backbone(prefix, suffix, tmp_path):
+def test_export_backbone(suffix, tmp_path):
+    prefix = "backbone.bottom_up."
     backbone = randomise(TimmBackbone("convnext_atto"))
     state = {prefix + key: value for key, value in backbone.state_dict().items()}
     torch.save({"model": {**state, "roi_heads.weight": torch.zeros(2)}}, tmp_path / "last.pth")

@@ -20,7 +20,11 @@ STUFF = 54  # classes of the heads for COCO's stuff
 
 # What takes the place of a config's backbone: the first prefix of its file's name that fits.
 TINY = {
-    "torchvision": [f"{BOTTOM_UP}.model_name=mobilenet_v3_small", f"{BOTTOM_UP}.weights=null"],
+    "torchvision": [
+        f"{BOTTOM_UP}.model_name=mobilenet_v3_small",
+        f"{BOTTOM_UP}.weights=null",
+        f"{BOTTOM_UP}.norm=BN",  # frozen, its random weights let the features explode
+    ],
     "timm_convnext": [f"{BOTTOM_UP}.model_name=test_convnext", f"{BOTTOM_UP}.pretrained=False"],
     "timm_efficientnet": [
         f"{BOTTOM_UP}.model_name=test_efficientnet",

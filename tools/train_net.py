@@ -135,14 +135,26 @@ def report(cfg: DictConfig, results: dict, written: list[Path]) -> None:
     logger.info("wrote %s", ", ".join(map(str, files)))
 
 
-def build_trainer(cfg: DictConfig) -> Trainer:
+def build_model(cfg: DictConfig, *, loads_all: bool) -> torch.nn.Module:
+    """The model on its device; no weights are fetched for a backbone whose detector ``loads_all``
+    from a checkpoint."""
+    model_cfg = copy.deepcopy(cfg.model)
+    bottom_up = OmegaConf.select(model_cfg, "backbone.bottom_up")
+    for key, none in {"pretrained": False, "weights": None, "checkpoint_path": ""}.items():
+        if loads_all and bottom_up is not None and key in bottom_up:
+            bottom_up[key] = none
+    return instantiate(model_cfg).to(cfg.train.device)
+
+
+def build_trainer(cfg: DictConfig, *, resume: bool) -> Trainer:
     """The model, its optimizer and its data, as the config says."""
     settings = cfg.train
     seed_step(settings.seed, 0, 0)
     loader = instantiate(cfg.dataloader.train)
     instantiate(cfg.dataloader.test.dataset)  # a fault in these is to be found now
     instantiate(cfg.dataloader.evaluator)
-    model = instantiate(cfg.model).to(settings.device)
+    tagged = os.path.isfile(os.path.join(settings.output_dir, "last_checkpoint"))
+    model = build_model(cfg, loads_all=resume and tagged)
     optimizer_cfg = copy.deepcopy(cfg.optimizer)
     optimizer_cfg.params.model = model
     optimizer = instantiate(optimizer_cfg)
@@ -192,25 +204,26 @@ def train(cfg: DictConfig, trainer: Trainer, checkpointer: Checkpointer, start_i
     """Train to ``train.max_iter``, then evaluate and draw."""
     settings, model, main = cfg.train, checkpointer.model, comm.is_main_process()
     results = {}
-    writers = [
-        ProgressPrinter(settings.max_iter, cfg.dataloader.train.total_batch_size),
-        JSONWriter(os.path.join(settings.output_dir, "metrics.json")),
-        TensorboardXWriter(settings.output_dir),
-    ]
-    keep = settings.checkpointer.max_to_keep
+    trainer.register_hooks(
+        [hooks.IterationTimer(), hooks.LRScheduler(scheduler=instantiate(cfg.lr_multiplier))]
+    )
+    if main:
+        period, keep = settings.checkpointer.period, settings.checkpointer.max_to_keep
+        trainer.register_hooks([hooks.PeriodicCheckpointer(checkpointer, period, max_to_keep=keep)])
     trainer.register_hooks(
         [
-            hooks.IterationTimer(),
-            hooks.LRScheduler(scheduler=instantiate(cfg.lr_multiplier)),
-            hooks.PeriodicCheckpointer(checkpointer, settings.checkpointer.period, max_to_keep=keep)
-            if main
-            else None,
             hooks.EvalHook(
                 settings.eval_period, lambda: results.update(evaluate(cfg, model)) or results
-            ),
-            hooks.PeriodicWriter(writers, period=settings.log_period) if main else None,
+            )
         ]
     )
+    if main:
+        writers = [
+            ProgressPrinter(settings.max_iter, cfg.dataloader.train.total_batch_size),
+            JSONWriter(os.path.join(settings.output_dir, "metrics.json")),
+            TensorboardXWriter(settings.output_dir),
+        ]
+        trainer.register_hooks([hooks.PeriodicWriter(writers, period=settings.log_period)])
     parameters = list(model.parameters())
     logger.info(
         "training %s on %s from iteration %d: %.1f M parameters, %.1f M of them trainable",
@@ -236,7 +249,7 @@ def run(cfg: DictConfig, args: argparse.Namespace) -> None:
         if args.eval_only:
             evaluate_only(cfg)
             return
-        trainer = build_trainer(cfg)
+        trainer = build_trainer(cfg, resume=args.resume)
         model = trainer.model
         model = model.module if isinstance(model, DistributedDataParallel) else model
         main = comm.is_main_process()
@@ -254,7 +267,7 @@ def run(cfg: DictConfig, args: argparse.Namespace) -> None:
 
 def evaluate_only(cfg: DictConfig) -> None:
     """Evaluate ``train.init_checkpoint``, or the last checkpoint in the output folder."""
-    model = instantiate(cfg.model).to(cfg.train.device)
+    model = build_model(cfg, loads_all=True)
     checkpointer = Checkpointer(model, cfg.train.output_dir, save_to_disk=False)
     init = cfg.train.init_checkpoint
     if init and not cfg.train.allow_pickle:
