@@ -11,8 +11,8 @@ setup(
     package_dir={"detbackbones.configs": "configs"},
     package_data={"detbackbones.configs": ["**/*.py", "**/*.md"]},
     install_requires=[
-        "torch>=2.1",
-        "torchvision>=0.16",
+        "torch>=2.6",
+        "torchvision>=0.21",
         "timm>=1.0.15",
         "numpy",
         "pillow",

@@ -70,7 +70,6 @@ TORCHVISION = {
         numbered("features.{}.", 13, 16),
     ],
     "convnext_tiny": PAIRS,
-    "densenet121": DENSENET,
     "swin_t": [*PAIRS[:4], PAIRS[4] + " norm."],
 }
 CASES = [(TimmBackbone, name) for name in TIMM] + [(TorchvisionBackbone, n) for n in TORCHVISION]

@@ -7,10 +7,9 @@ import detectron2.data.transforms as T
 import numpy as np
 import pytest
 import torch
+from detbackbones.loader import TrainBatchSampler, build_train_loader
 from detectron2.data import DatasetMapper
 from PIL import Image
-
-from detbackbones.loader import TrainBatchSampler, build_train_loader
 
 SIZES = [(30, 20), (20, 30), (30, 20), (25, 20), (20, 20), (20, 40), (40, 20)]
 

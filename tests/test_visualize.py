@@ -3,11 +3,10 @@ import json
 import numpy as np
 import pytest
 import torch
+from detbackbones.visualize import _read_curves, draw_curves, draw_predictions
 from detectron2.data import Metadata
 from detectron2.structures import Boxes, BoxMode, Instances
 from PIL import Image
-
-from detbackbones.visualize import _read_curves, draw_curves, draw_predictions
 
 # pycocotools converts its arrays in a way that numpy 2 deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -54,7 +53,7 @@ def instances(scores, classes, masks=True, size=(HEIGHT, WIDTH)):
 
 
 def painted(path):
-    """Return how many pixels of each panel, ground truth and prediction, are neither gray nor text."""
+    """Return how many pixels of each panel are colored: neither gray nor text."""
     pixels = np.asarray(Image.open(path).convert("RGB")).astype(int)
     panels = pixels[:-60]  # less the legend
     color = np.ptp(panels, axis=2) > 25
