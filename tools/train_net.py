@@ -146,7 +146,7 @@ def build_model(cfg: DictConfig, *, loads_all: bool) -> torch.nn.Module:
     return instantiate(model_cfg).to(cfg.train.device)
 
 
-def build_trainer(cfg: DictConfig, *, resume: bool) -> Trainer:
+def build_trainer(cfg: DictConfig, *, resume: bool = False) -> Trainer:
     """The model, its optimizer and its data, as the config says."""
     settings = cfg.train
     seed_step(settings.seed, 0, 0)
