@@ -84,6 +84,8 @@ def draw_predictions(
                 f"which has {pixels.shape[:2]}; they must be the same."
             )
         truth = _truth(image, kind, size, metadata)
+        if kind == "instances" and not prediction[kind].has("pred_masks"):
+            truth = [region._replace(mask=None) for region in truth]  # like beside like
         rows.append((pixels, truth, _predicted(prediction[kind], kind, metadata, score_threshold)))
 
     heights = [PANEL_WIDTH * pixels.shape[0] / pixels.shape[1] for pixels, _, _ in rows]

@@ -87,10 +87,12 @@ def test_scores_below_the_threshold_are_left_out(image, tmp_path):
     assert right > 0
 
 
-def test_boxes_alone_are_drawn_as_outlines(image, tmp_path):
-    prediction = [instances([0.9], [1], masks=False)]
-    left, right = painted(draw_predictions([image], prediction, METADATA, tmp_path / "a.png"))
-    assert 0 < right < left / 10
+def test_boxes_alone_are_drawn_as_outlines_on_both_sides(image, tmp_path):
+    masks = draw_predictions([image], [instances([0.9], [0])], METADATA, tmp_path / "a.png")
+    prediction = [instances([0.9], [0], masks=False)]
+    boxes = draw_predictions([image], prediction, METADATA, tmp_path / "b.png")
+    for outline, filled in zip(painted(boxes), painted(masks)):
+        assert 0 < outline < filled / 10
 
 
 def test_many_objects_have_no_labels(image, tmp_path):
