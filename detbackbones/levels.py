@@ -71,6 +71,12 @@ def measure_shape(shape: torch.Size, size: tuple[int, int]) -> tuple[int, int, b
     return None
 
 
+def meta_state(module: nn.Module) -> dict[str, torch.Tensor]:
+    """A module's parameters and buffers as meta tensors, for ``torch.func.functional_call``."""
+    state = [*module.named_parameters(), *module.named_buffers()]
+    return {name: torch.empty_like(tensor, device="meta") for name, tensor in state}
+
+
 class _OperationLog(TorchDispatchMode):
     """Counts operations, and notes what each reads for the first time and writes last."""
 
@@ -111,10 +117,7 @@ def trace(module: nn.Module, in_channels: int = 3) -> Trace:
     Raises:
         ValueError: if an output is no feature map with a whole stride.
     """
-    meta = {
-        name: torch.empty_like(tensor, device="meta")
-        for name, tensor in [*module.named_parameters(), *module.named_buffers()]
-    }
+    meta = meta_state(module)
     log = _OperationLog()
     finished: dict[str, int] = {}
     hooks = [

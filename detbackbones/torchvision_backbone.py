@@ -17,7 +17,7 @@ from torchvision.ops import StochasticDepth
 from .checkpoint import downloading
 from .feature_backbone import FeatureBackbone, plain_dict, select_levels
 from .freeze import frozen_prefix
-from .levels import PROBE_SIZE, measure_shape, trace
+from .levels import PROBE_SIZE, measure_shape, meta_state, trace
 from .messages import nearest, one_of
 from .norm import NORMS
 from .pyramid import build_yacs_pyramid
@@ -181,14 +181,10 @@ def _run_all(model: nn.Module, nodes: list[str]) -> dict[str, Any]:
     extractor = create_feature_extractor(
         model, train_return_nodes=nodes[:1], eval_return_nodes=nodes, tracer_kwargs=_TRACER
     )
-    meta = {
-        name: torch.empty_like(tensor, device="meta")
-        for name, tensor in [*extractor.named_parameters(), *extractor.named_buffers()]
-    }
     extractor.eval()
     with torch.no_grad():
         x = torch.empty(2, 3, *PROBE_SIZE, device="meta")
-        return torch.func.functional_call(extractor, meta, (x,))
+        return torch.func.functional_call(extractor, meta_state(extractor), (x,))
 
 
 def _checked_nodes(
