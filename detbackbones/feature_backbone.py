@@ -1,6 +1,9 @@
 """FeatureBackbone: a feature extractor of any source as a detectron2 backbone."""
 
+import copy
+import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -9,10 +12,12 @@ from detectron2.modeling import Backbone
 from omegaconf import OmegaConf
 from torch import nn
 
-from .freeze import NO_PREFIX, Prefix, freeze
-from .levels import Trace, output_list, trace
+from .freeze import NO_PREFIX, Prefix, freeze, frozen_prefix
+from .layers import LayerExtractor, check_layers
+from .levels import Level, Trace, output_list, trace
 from .messages import nearest
 from .norm import convert_norm
+from .sizes import ANY_SIZE, SizeRule, find_size_rule
 
 
 def select_levels(out_features: Sequence[str] | None, valid: Sequence[str]) -> list[str]:
@@ -54,6 +59,7 @@ class FeatureBackbone(Backbone):
         names: Sequence[str],
         *,
         in_channels: int = 3,
+        sizes: SizeRule = ANY_SIZE,
         norm: str = "",
         prefix: Prefix = NO_PREFIX,
         source_keys: Mapping[str, str] | None = None,
@@ -62,9 +68,10 @@ class FeatureBackbone(Backbone):
         """
         Args:
             extractor: maps (N, C, H, W) images to a list or dict of feature maps, (N, C, h, w) or
-                (N, h, w, C).
+                (N, h, w, C), or of tokens (N, h * w, C).
             names: a name for each of its outputs.
             in_channels: channels of the input.
+            sizes: the image sizes that the source model takes.
             norm: see :func:`detbackbones.norm.convert_norm`.
             prefix: the part to freeze, see :func:`detbackbones.freeze.frozen_prefix`.
             source_keys: names of the extractor's parameters and buffers to their names in the
@@ -73,8 +80,8 @@ class FeatureBackbone(Backbone):
                 of a deeper model of its family are refused.
         """
         super().__init__()
-        measured = trace(extractor, in_channels)
-        _drop_unused(extractor, measured, in_channels)
+        sizes, measured = _measure(extractor, in_channels, sizes)
+        _drop_unused(extractor, measured, in_channels, sizes)
         self.model = convert_norm(extractor, norm)
         self._eval_modules = freeze(self.model, prefix)
         self._source_keys = {k: v for k, v in (source_keys or {}).items() if k != v}
@@ -88,7 +95,59 @@ class FeatureBackbone(Backbone):
         self._out_features = list(self._levels)
         self._out_feature_channels = {n: level.channels for n, (_, level) in levels}
         self._out_feature_strides = {n: level.stride for n, (_, level) in levels}
+        self._sizes = sizes
         self.train()
+
+    @staticmethod
+    def from_module(
+        module: nn.Module,
+        layers: Sequence[str] | Mapping[str, str],
+        *,
+        in_channels: int = 3,
+        img_size: int = 224,
+        norm: str = "",
+        freeze_at: int = 0,
+    ) -> "FeatureBackbone":
+        """A backbone of any module that maps images to anything, by the names of its layers.
+
+        Example::
+
+            backbone = FeatureBackbone.from_module(MyNet(), layers={"stage3": "res4"})
+
+        Args:
+            module: runs on (N, C, H, W) images; the backbone has a copy of what its layers need.
+            layers: names of submodules that give feature maps, (N, C, h, w) or (N, h, w, C), or
+                a mapping from these names to level names.
+            in_channels: channels of the images.
+            img_size: the module is known to take images of this height and width; which others it
+                takes is found by running it.
+            norm: batch norm ``""`` as in the module, ``"FrozenBN"``, ``"SyncBN"`` or ``"BN"``.
+            freeze_at: 0 nothing, n what runs up to the end of the last of ``layers`` with a stride
+                of at most 2^n, 5 all.
+
+        Raises:
+            ValueError: if a layer does not exist or gives no feature map, or an argument is out of
+                range.
+        """
+        names = check_layers(module, layers, (img_size, img_size), in_channels)
+        extractor = LayerExtractor(copy.deepcopy(module), names)
+        sizes, _, _, probe = find_size_rule([lambda: extractor], img_size, in_channels)
+        finest = min(level.exponent for level in probe.levels)
+        if 0 < freeze_at < finest:
+            raise ValueError(
+                f"freeze_at={freeze_at} needs a level of stride {2**freeze_at} or less among "
+                f"layers={layers}, whose finest has stride {2**finest}"
+            )
+        return FeatureBackbone(
+            extractor,
+            list(names.values()),
+            in_channels=in_channels,
+            sizes=sizes,
+            norm=norm,
+            prefix=frozen_prefix(probe, freeze_at, {}),
+            source_keys={f"model.{key}": key for key in module.state_dict()},
+            source_names=module.state_dict(),
+        )
 
     def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
         """
@@ -97,11 +156,15 @@ class FeatureBackbone(Backbone):
 
         Returns:
             each level's feature map (N, C, H / stride, W / stride), fine to coarse.
+
+        Raises:
+            ValueError: if the model does not take images of this size.
         """
+        size = tuple(x.shape[-2:])
+        self._sizes.check(size)
         outputs = output_list(self.model(x))
         return {
-            name: outputs[i].permute(0, 3, 1, 2) if level.channels_last else outputs[i]
-            for name, (i, level) in self._levels.items()
+            name: level.feature_map(outputs[i], size) for name, (i, level) in self._levels.items()
         }
 
     def output_shape(self) -> dict[str, ShapeSpec]:
@@ -110,8 +173,23 @@ class FeatureBackbone(Backbone):
 
     @property
     def size_divisibility(self) -> int:
-        """Height and width of the input must be multiples of this."""
-        return max(self._out_feature_strides.values())
+        """Height and width of the input must be multiples of this.
+
+        A model that takes images of N x N alone has N here: detectron2 then pads smaller images to
+        N x N, and larger ones to a size that is refused. (Its padding constraint ``square_size``
+        would cut them off.)
+        """
+        return math.lcm(self._sizes.divisor, *self._out_feature_strides.values())
+
+    @property
+    def img_size(self) -> int | None:
+        """N if the model takes images padded to N x N alone, None if it takes other sizes too."""
+        return self._sizes.img_size
+
+    @property
+    def resampled(self) -> list[str]:
+        """Levels whose own grid is no whole fraction of the image, and is resampled to one."""
+        return [name for name, (_, level) in self._levels.items() if level.resampled]
 
     def train(self, mode: bool = True) -> "FeatureBackbone":
         """Set the mode of all but the frozen modules, which stay in eval mode."""
@@ -145,32 +223,64 @@ class FeatureBackbone(Backbone):
         return len(fit), wanting
 
 
-def _drop_unused(extractor: nn.Module, measured: Trace, in_channels: int) -> None:
-    """Replace the modules whose parameters no level needs, never used or used after the last one.
+def _measure(extractor: nn.Module, in_channels: int, sizes: SizeRule) -> tuple[SizeRule, Trace]:
+    """Trace an extractor, and find what its size rule demands beyond whole strides.
 
-    Where the model cannot run without them they stay, without gradients.
+    Without the source model's coarsest levels it may take other sizes than with them.
     """
-    end = max(level.end for level in measured.levels)
-    needed = {name for name, first in measured.parameters.items() if first <= end}
-    dropped = {}
-    for name, module in list(extractor.named_modules()):
+    measured = trace(extractor, in_channels, sizes.probe, sizes.resample)
+    step = math.lcm(*(level.stride for level in measured.levels))
+    if sizes.divisor > step and not sizes.img_size:
+        try:
+            trace(extractor, in_channels, replace(sizes, divisor=step).probe, sizes.resample)
+        except Exception:  # a model may refuse in any way
+            return sizes, measured
+    return sizes if sizes.img_size else replace(sizes, divisor=1), measured
+
+
+def _drop_unused(extractor: nn.Module, measured: Trace, in_channels: int, sizes: SizeRule) -> None:
+    """Replace the modules whose parameters no level needs.
+
+    Where the model cannot run without one it stays, without gradients.
+    """
+    unused = []
+    for name, module in extractor.named_modules():
         own = [f"{name}.{key}" for key, _ in module.named_parameters()]
-        parent, _, child = name.rpartition(".")
-        inside = any(name.startswith(f"{other}.") for other in dropped)
-        if name and own and not inside and not needed.intersection(own):
-            dropped[name] = (extractor.get_submodule(parent), child, module)
-    for parent, child, _ in dropped.values():
-        setattr(parent, child, nn.Identity())
-    try:
-        whole = trace(extractor, in_channels).levels == measured.levels
-    except Exception:  # what follows the last level may fail in any way
-        whole = False
-    if not whole:
-        for parent, child, module in dropped.values():
-            setattr(parent, child, module)
+        inside = any(name.startswith(f"{other}.") for other in unused)
+        if name and own and not inside and not measured.needed.intersection(own):
+            unused.append(name)
+    if unused and not _runs_without(unused, extractor, measured, in_channels, sizes):
+        for name in unused:
+            _runs_without([name], extractor, measured, in_channels, sizes)
     for name, parameter in extractor.named_parameters():
-        if name not in needed:
+        if name not in measured.needed:
             parameter.requires_grad_(False)
+
+
+def _runs_without(
+    names: list[str], extractor: nn.Module, measured: Trace, in_channels: int, sizes: SizeRule
+) -> bool:
+    """Replace modules of an extractor, if it gives the same levels without them."""
+    modules = {name: extractor.get_submodule(name) for name in names}
+    for name in names:
+        extractor.set_submodule(name, nn.Identity())
+    try:
+        again = trace(extractor, in_channels, sizes.probe, sizes.resample)
+        # what follows an Identity may overwrite what went into it
+        same = again.overwrites == measured.overwrites
+        if same and _same_shapes(again.levels, measured.levels):
+            return True
+    except Exception:  # what no level needs may fail in any way
+        pass
+    for name, module in modules.items():
+        extractor.set_submodule(name, module)
+    return False
+
+
+def _same_shapes(levels: list[Level], others: list[Level]) -> bool:
+    return [replace(level, end=0) for level in levels] == [
+        replace(level, end=0) for level in others
+    ]
 
 
 def _rename(state_dict: dict, prefix: str, names: Mapping[str, str]) -> None:

@@ -1,5 +1,6 @@
 """Which parameters and modules lie before a level, in the order of execution."""
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from torch import nn
@@ -76,6 +77,24 @@ def frozen_prefix(trace: Trace, freeze_at: int, source_keys: dict[str, str]) -> 
         frozenset(name for name, index in trace.parameters.items() if index <= end),
         frozenset(name for name, index in trace.modules.items() if index <= end),
     )
+
+
+def renamed_prefix(
+    prefix: Prefix, source_names: Mapping[str, str], other_names: Mapping[str, str]
+) -> Prefix:
+    """The same prefix in another extractor of the source model.
+
+    Args:
+        prefix: of one extractor.
+        source_names: its names to those of the source model.
+        other_names: the other extractor's names to those of the source model.
+    """
+    own = {source: name for name, source in other_names.items()}
+
+    def rename(names: Iterable[str]) -> frozenset[str]:
+        return frozenset(own[source_names[n]] for n in names if source_names[n] in own)
+
+    return Prefix(rename(prefix.parameters), rename(prefix.modules))
 
 
 def freeze(model: nn.Module, prefix: Prefix) -> list[str]:

@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -19,19 +20,42 @@ class Level:
     Attributes:
         channels: number of channels.
         stride: input pixels per feature-map pixel, the same in both directions.
-        channels_last: True for an (N, H, W, C) output, False for (N, C, H, W).
+        layout: "NCHW", "NHWC", or "NLC" for tokens in the order of the rows.
+        resampled: True if its own grid is no whole fraction of the input, so that it is to be
+            resampled to the grid of the stride.
         end: index of the operation that wrote it (see :class:`Trace`).
     """
 
     channels: int
     stride: int
-    channels_last: bool
+    layout: str
+    resampled: bool
     end: int
 
     @property
     def exponent(self) -> int:
         """The n of the nearest stride 2^n; a level is called ``res{n}``."""
         return round(math.log2(self.stride))
+
+    def feature_map(self, output: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+        """The model's output as a feature map.
+
+        Args:
+            output: as the model gave it, in ``layout``.
+            size: (H, W) of the image.
+
+        Returns:
+            (N, channels, H / stride, W / stride); where the division leaves a remainder, with the
+            rows and columns that the model gave.
+        """
+        h, w = size[0] // self.stride, size[1] // self.stride
+        if self.layout == "NHWC":
+            output = output.permute(0, 3, 1, 2)
+        elif self.layout == "NLC":
+            output = output.transpose(1, 2).unflatten(2, (h, w))
+        if self.resampled and output.shape[2:] != (h, w):
+            output = F.interpolate(output, (h, w), mode="bilinear", align_corners=False)
+        return output
 
 
 @dataclass(frozen=True)
@@ -41,12 +65,16 @@ class Trace:
     Attributes:
         levels: the module's outputs, in the order in which it gives them.
         parameters: name of each parameter that was used, and the index of its first use.
+        needed: names of the parameters on which some level's values depend.
+        overwrites: how many operations in place change what some level's values depend on.
         modules: name of each submodule that was called (``""`` is the module itself), and the index
             of its last operation.
     """
 
     levels: list[Level]
     parameters: dict[str, int]
+    needed: frozenset[str]
+    overwrites: int
     modules: dict[str, int]
 
 
@@ -55,19 +83,35 @@ def output_list(outputs) -> list[torch.Tensor]:
     return list(outputs.values() if isinstance(outputs, dict) else outputs)
 
 
-def measure_shape(shape: torch.Size, size: tuple[int, int]) -> tuple[int, int, bool] | None:
+def measure_shape(
+    shape: torch.Size, size: tuple[int, int], resample: bool = False
+) -> tuple[int, int, str, bool] | None:
     """Channels, stride and layout of a feature map of an input with the given (height, width).
 
+    Args:
+        shape: of the output.
+        size: (H, W) of the input.
+        resample: take a map of another grid for one of the nearest stride 2^n, to be resampled.
+
     Returns:
-        (channels, stride, channels_last), or None if the shape is no feature map with a whole
-        stride in either layout.
+        (channels, stride, layout, resampled), or None if the shape is no feature map with a whole
+        stride in any layout.
     """
-    if len(shape) != 4:
+    if len(shape) == 3:
+        stride = math.isqrt(size[0] * size[1] // shape[1]) if shape[1] else 0
+        grid = stride and (size[0] / stride) * (size[1] / stride)
+        whole = stride and size[0] % stride == 0 == size[1] % stride and grid == shape[1]
+        return (shape[2], stride, "NLC", False) if whole else None
+    if len(shape) != 4 or 0 in shape:
         return None
-    for channels_last in (False, True):
-        h, w = shape[1:3] if channels_last else shape[2:4]
-        if h and w and size[0] % h == 0 and size[0] // h * w == size[1]:
-            return shape[3 if channels_last else 1], size[0] // h, channels_last
+    grids = {"NCHW": (shape[1], *shape[2:]), "NHWC": (shape[3], *shape[1:3])}
+    for layout, (channels, h, w) in grids.items():
+        if min(h, w) > 1 and size[0] % h == 0 and size[0] // h * w == size[1]:
+            return channels, size[0] // h, layout, False
+    for layout, (channels, h, w) in grids.items() if resample else ():
+        exponents = {round(math.log2(size[0] / h)), round(math.log2(size[1] / w))}
+        if len(exponents) == 1 and min(h, w) > 1:
+            return channels, 2 ** exponents.pop(), layout, True
     return None
 
 
@@ -78,30 +122,57 @@ def meta_state(module: nn.Module) -> dict[str, torch.Tensor]:
 
 
 class _OperationLog(TorchDispatchMode):
-    """Counts operations, and notes what each reads for the first time and writes last."""
+    """Counts operations, and notes what each reads and writes."""
 
     def __init__(self):
         super().__init__()
-        self.count = 0
-        self.first_read: dict[int, int] = {}
+        self.first_read: dict[int, int] = {}  # by id of the tensor
         self.last_write: dict[int, int] = {}
-        self._alive = []  # an id is unique only among living tensors
+        # of each operation: what it reads and writes, and whether it writes in place
+        self.memory: list[tuple[set[int], set[int], bool]] = []
+        self._alive = []  # an id or address is unique only among what is alive
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        for leaf in tree_leaves((args, kwargs)):
-            if isinstance(leaf, torch.Tensor):
-                self.first_read.setdefault(id(leaf), self.count)
-        out = func(*args, **kwargs)
-        for leaf in tree_leaves(out):
-            if isinstance(leaf, torch.Tensor):
-                self.last_write[id(leaf)] = self.count
-                self._alive.append(leaf)
-        self.count += 1
+        read = _tensors((args, kwargs or {}))
+        for tensor in read:
+            self.first_read.setdefault(id(tensor), len(self.memory))
+        out = func(*args, **(kwargs or {}))
+        written = _tensors(out)
+        for tensor in written:
+            self.last_write[id(tensor)] = len(self.memory)
+        self._alive += written
+        in_place = func._schema.is_mutable
+        self.memory.append((set(map(_address, read)), set(map(_address, written)), in_place))
         return out
 
+    def sources(self, tensors: list[torch.Tensor]) -> tuple[set[int], int]:
+        """Addresses of the memory on which some of the tensors depend, and how many operations
+        overwrite some of it.
 
-def trace(module: nn.Module, in_channels: int = 3) -> Trace:
+        Memory, not tensors: an operation in place on a view changes what the base holds.
+        """
+        found, overwrites = set(map(_address, tensors)), 0
+        for read, written, in_place in reversed(self.memory):
+            if written & found:
+                found |= read
+                overwrites += in_place
+        return found, overwrites
+
+
+def _tensors(tree) -> list[torch.Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+
+
+def _address(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+def trace(
+    module: nn.Module,
+    in_channels: int = 3,
+    size: tuple[int, int] = PROBE_SIZE,
+    resample: bool = False,
+) -> Trace:
     """Run a feature extractor once, without memory or arithmetic, and measure it.
 
     The module itself is not touched: its parameters and buffers are replaced by meta tensors for
@@ -110,6 +181,8 @@ def trace(module: nn.Module, in_channels: int = 3) -> Trace:
     Args:
         module: maps a tensor of shape (N, C, H, W) to a list, tuple or dict of feature maps.
         in_channels: the C of its input.
+        size: the (H, W) of its input.
+        resample: see :func:`measure_shape`.
 
     Returns:
         the trace, with one level an output.
@@ -121,14 +194,16 @@ def trace(module: nn.Module, in_channels: int = 3) -> Trace:
     log = _OperationLog()
     finished: dict[str, int] = {}
     hooks = [
-        child.register_forward_hook(lambda *_, name=name: finished.update({name: log.count - 1}))
+        child.register_forward_hook(
+            lambda *_, name=name: finished.update({name: len(log.memory) - 1})
+        )
         for name, child in module.named_modules()
     ]
     modes = [(child, child.training) for child in module.modules()]
     module.eval()
     try:
         with torch.no_grad(), log:
-            x = torch.empty(2, in_channels, *PROBE_SIZE, device="meta")
+            x = torch.empty(2, in_channels, *size, device="meta")
             outputs = output_list(torch.func.functional_call(module, meta, (x,)))
     finally:
         for hook in hooks:
@@ -139,20 +214,26 @@ def trace(module: nn.Module, in_channels: int = 3) -> Trace:
 
     levels = []
     for output in outputs:
-        measured = measure_shape(output.shape, PROBE_SIZE)
+        measured = measure_shape(output.shape, size, resample)
         if measured is None:
             raise ValueError(
                 f"an output of {type(module).__name__} has shape {tuple(output.shape)} for an "
-                f"input of {PROBE_SIZE[0]}x{PROBE_SIZE[1]}: it is no feature map with a whole "
-                "stride"
+                f"input of {size[0]}x{size[1]}: it is no feature map with a whole stride"
             )
         levels.append(Level(*measured, end=log.last_write[id(output)]))
-    first_use = {
-        name: log.first_read[id(meta[name])]
-        for name, _ in module.named_parameters()
-        if id(meta[name]) in log.first_read
-    }
-    return Trace(levels, first_use, finished)
+    names = [name for name, _ in module.named_parameters()]
+    sources, overwrites = log.sources(outputs)
+    return Trace(
+        levels,
+        {
+            name: log.first_read[id(meta[name])]
+            for name in names
+            if id(meta[name]) in log.first_read
+        },
+        frozenset(name for name in names if _address(meta[name]) in sources),
+        overwrites,
+        finished,
+    )
 
 
 def last_of_each_stride(levels: list[Level]) -> dict[str, int]:

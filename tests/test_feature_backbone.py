@@ -147,3 +147,94 @@ def test_other_numbers_of_input_channels():
 )
 def test_select_levels(asked, given):
     assert select_levels(asked, ["res1", "res2", "res3", "res5", "res6"]) == given
+
+
+class Net(nn.Module):
+    """A user's own model: a stem, two stages, a classifier."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(1, 4, 4, 4), nn.BatchNorm2d(4), nn.ReLU())
+        self.stage1 = nn.Conv2d(4, 6, 2, 2)
+        self.stage2 = nn.Conv2d(6, 8, 2, 2)
+        self.classifier = nn.Linear(8, 10)
+
+    def forward(self, x):
+        return self.classifier(self.stage2(self.stage1(self.stem(x))).mean((2, 3)))
+
+
+def test_from_module():
+    net = Net().eval()
+    backbone = FeatureBackbone.from_module(
+        net, {"stage1": "res3", "stem": "res2"}, in_channels=1, norm="FrozenBN", freeze_at=2
+    ).eval()
+    assert {n: (s.channels, s.stride) for n, s in backbone.output_shape().items()} == {
+        "res2": (4, 4),
+        "res3": (6, 8),
+    }
+    assert backbone.size_divisibility == 8
+    x = images(1, 1, 24, 40)
+    levels = backbone(x)
+    assert torch.allclose(levels["res2"], net.stem(x), atol=1e-6)
+    assert torch.allclose(levels["res3"], net.stage1(net.stem(x)), atol=1e-6)
+    assert {k.split(".")[1] for k in backbone.state_dict()} == {"stem", "stage1"}
+    assert {n for n, p in backbone.named_parameters() if p.requires_grad} == {
+        "model.model.stage1.weight",
+        "model.model.stage1.bias",
+    }
+    # the user's module is as it was
+    assert isinstance(net.classifier, nn.Linear) and isinstance(net.stem[1], nn.BatchNorm2d)
+    assert all(p.requires_grad for p in net.parameters())
+    net.stem[0].weight.data.zero_()
+    assert backbone.load_source(net.state_dict())[1] == []
+    assert backbone.state_dict()["model.stem.0.weight"].eq(0).all()
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"layers": ["stage3"]}, "layers='stage3' is unknown: valid are .*'stage2'"),
+        ({"layers": ["classifier"]}, r"layers='classifier' gives \(2, 10\), not one feature map"),
+        ({"layers": ["stage2"], "freeze_at": 2}, "freeze_at=2 needs a level of stride 4 or less"),
+        ({"layers": ["stage2"], "freeze_at": 7}, "freeze_at=7 is out of range"),
+        ({"layers": ["stage2"], "norm": "GN"}, "norm='GN' is unknown"),
+    ],
+)
+def test_from_module_refuses(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        FeatureBackbone.from_module(Net(), in_channels=1, **arguments)
+
+
+class Detour(Extractor):
+    """A branch that is used before the last level, and on which no level depends."""
+
+    def __init__(self, overwrites):
+        super().__init__()
+        self.overwrites = overwrites
+        self.branch = nn.Conv2d(4, 6, 2, 2)
+
+    def forward(self, x):
+        a = self.a(x)
+        if self.overwrites:
+            self.branch(a).mul_(2)  # of what, if the branch were an Identity?
+        else:
+            self.branch(a)
+        b = self.b(a)
+        b[:, 0].add_(self.c.bias[0])  # through a view
+        return [b]
+
+
+@pytest.mark.parametrize("overwrites", [False, True])
+def test_what_feeds_no_level_is_dropped(overwrites):
+    extractor = Detour(overwrites)
+    x = images(2, 3, 32, 32)
+    expected = extractor(x)[0].detach()
+    backbone = FeatureBackbone(extractor, ["fine"])
+    kept = {key.split(".")[1] for key in backbone.state_dict()}
+    assert kept == {"a", "b", "c", "branch"} if overwrites else {"a", "b", "c"}
+    level = backbone(x)["fine"]
+    assert torch.equal(level, expected)
+    level.square().mean().backward()
+    learning = {name for name, p in backbone.named_parameters() if p.requires_grad}
+    assert "model.c.bias" in learning and "model.c.weight" not in learning
+    assert all(backbone.get_parameter(name).grad is not None for name in learning)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from detbackbones.levels import last_of_each_stride, measure_shape, trace
+from detbackbones.levels import Level, last_of_each_stride, measure_shape, trace
 from torch import nn
 
 
@@ -30,9 +30,11 @@ class Outputs(nn.Sequential):
 @pytest.mark.parametrize(
     "shape, measured",
     [
-        ((2, 24, 64, 80), (24, 4, False)),
-        ((2, 64, 80, 24), (24, 4, True)),
-        ((2, 256, 8, 10), (256, 32, False)),
+        ((2, 24, 64, 80), (24, 4, "NCHW", False)),
+        ((2, 64, 80, 24), (24, 4, "NHWC", False)),
+        ((2, 256, 8, 10), (256, 32, "NCHW", False)),
+        ((2, 320, 24), (24, 16, "NLC", False)),
+        ((2, 321, 24), None),  # with a class token
         ((2, 64, 64), None),  # no map
         ((2, 24, 64, 64), None),  # strides 4 and 5
         ((2, 24, 25, 32), None),  # 256 / 25 is not whole
@@ -43,11 +45,44 @@ def test_measure_shape(shape, measured):
     assert measure_shape(torch.Size(shape), (256, 320)) == measured
 
 
+@pytest.mark.parametrize(
+    "shape, measured",
+    [
+        ((2, 24, 29, 37), (24, 8, "NCHW", True)),
+        ((2, 29, 37, 24), (24, 8, "NHWC", True)),
+        ((2, 24, 32, 40), (24, 8, "NCHW", False)),
+        ((2, 24, 16, 80), None),  # strides 16 and 4
+        ((2, 512, 1, 1), None),
+    ],
+)
+def test_measure_shape_to_resample(shape, measured):
+    assert measure_shape(torch.Size(shape), (256, 320), resample=True) == measured
+
+
+@pytest.mark.parametrize("layout", ["NCHW", "NHWC", "NLC"])
+def test_feature_map(layout):
+    expected = torch.arange(2 * 3 * 4 * 5).view(2, 3, 4, 5)
+    output = {
+        "NCHW": expected,
+        "NHWC": expected.permute(0, 2, 3, 1),
+        "NLC": expected.flatten(2).transpose(1, 2),
+    }[layout]
+    level = Level(3, 8, layout, False, 0)
+    assert torch.equal(level.feature_map(output, (32, 40)), expected)
+
+
+def test_feature_map_is_resampled():
+    ramp = torch.arange(5.0).expand(1, 1, 3, 5)
+    level = Level(1, 8, "NCHW", True, 0)
+    assert level.feature_map(ramp, (48, 80)).shape == (1, 1, 6, 10)
+    assert level.feature_map(ramp, (48, 80))[0, 0, 2, 1:4].tolist() == [0.25, 0.75, 1.25]
+
+
 def test_trace_measures_outputs_and_the_order_of_execution():
     found = trace(Pair())
     fine, coarse = found.levels
-    assert (fine.channels, fine.stride, fine.channels_last) == (5, 2, False)
-    assert (coarse.channels, coarse.stride, coarse.channels_last) == (7, 8, True)
+    assert (fine.channels, fine.stride, fine.layout) == (5, 2, "NCHW")
+    assert (coarse.channels, coarse.stride, coarse.layout) == (7, 8, "NHWC")
     assert "unused.weight" not in found.parameters
     assert found.parameters["stem.1.bias"] <= fine.end < found.parameters["late.weight"]
     assert found.modules["stem"] <= fine.end < found.modules["late"] <= coarse.end
