@@ -1,6 +1,8 @@
 """TimmBackbone: any timm model as a detectron2 backbone."""
 
+import functools
 import logging
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -11,22 +13,27 @@ import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, Backbone
+from timm.layers import Format
 from timm.models import get_arch_pretrained_cfgs
+from timm.models._features import FeatureGetterNet
 from timm.models._manipulate import adapt_input_conv
 from torch import nn
 
 from .checkpoint import downloading_from_hub, load_backbone_checkpoint
 from .feature_backbone import FeatureBackbone, plain_dict, select_levels
-from .freeze import frozen_prefix
-from .levels import Trace, last_of_each_stride, trace
+from .freeze import frozen_prefix, renamed_prefix
+from .layers import LayerExtractor, check_layers
+from .levels import Trace, last_of_each_stride
 from .messages import nearest, one_of
 from .norm import NORMS, norm_from_layer
 from .pyramid import build_yacs_pyramid
+from .sizes import SizeRule, find_size_rule
 
 logger = logging.getLogger(__name__)
 
-# What timm's model families call "take images of any size"; the first that runs is used.
-SIZE_SWITCHES = ({}, {"dynamic_img_size": True}, {"strict_img_size": False})
+# What timm's model families call "take images of any size"; the first that runs is used. The last
+# is for a model that reads the shape of its maps from numbers: its tokens are taken instead.
+SIZE_SWITCHES = ({}, {"dynamic_img_size": True}, {"strict_img_size": False}, {"output_fmt": "NLC"})
 
 
 @BACKBONE_REGISTRY.register()
@@ -43,9 +50,12 @@ class TimmBackbone(FeatureBackbone):
         in_channels: int = 3,
         out_features: Sequence[str] | None = None,
         out_indices: Sequence[int] | None = None,
+        layers: Sequence[str] | Mapping[str, str] | None = None,
         norm: str = "",
         freeze_at: int = 0,
         output_stride: int | None = None,
+        img_size: int | None = None,
+        patch_size: int | None = None,
         drop_path_rate: float | None = None,
         model_kwargs: dict[str, Any] | None = None,
         features_only: bool = True,
@@ -62,9 +72,15 @@ class TimmBackbone(FeatureBackbone):
             out_features: levels to output, by stride: ``["res3", "res4", "res5"]``. By default
                 those of strides 4 to 32. Later stages are not built.
             out_indices: levels to output by timm's index instead, named ``p{index}``.
+            layers: names of modules whose outputs to take instead, ``["layer2", "layer3"]``, or a
+                mapping from these to level names.
             norm: batch norm ``""`` as in the model, ``"FrozenBN"``, ``"SyncBN"`` or ``"BN"``.
             freeze_at: 0 nothing, 1 the stem, 2 up to and including ``res2``, ... 5 all.
             output_stride: 8, 16 or 32; dilate the late stages to keep it, in models that can.
+            img_size: build the model for images of this size, in models that are built for one.
+                Most take others too; those that do not take images up to this size.
+            patch_size: resample the patch embedding to this stride, in ViTs: 16 lets a feature
+                pyramid stand on a patch-14 ViT. The grid of the position embeddings stays.
             drop_path_rate: stochastic depth, in models that have it.
             model_kwargs: further arguments for ``timm.create_model``.
             features_only: only True; there for configs written for detrex.
@@ -79,11 +95,10 @@ class TimmBackbone(FeatureBackbone):
             raise ValueError("features_only=False is not possible: a backbone gives feature maps")
         if not isinstance(in_channels, int) or in_channels < 1:
             raise ValueError(f"in_channels={in_channels!r} must be a whole number from 1")
-        if out_features is not None and out_indices is not None:
-            raise ValueError(
-                f"out_features={list(out_features)} and out_indices={list(out_indices)} were both "
-                "given: use one"
-            )
+        asked = {"out_features": out_features, "out_indices": out_indices, "layers": layers}
+        asked = [f"{key}={value}" for key, value in asked.items() if value is not None]
+        if len(asked) > 1:
+            raise ValueError(f"{' and '.join(asked)} were given together: use one")
         if output_stride not in (None, 8, 16, 32):
             raise ValueError(f"output_stride={output_stride!r} is unknown: valid are 8, 16, 32")
         one_of("norm", norm, NORMS)
@@ -93,39 +108,50 @@ class TimmBackbone(FeatureBackbone):
         kwargs = {**plain_dict(model_kwargs), "in_chans": in_channels}
         if drop_path_rate is not None:
             kwargs["drop_path_rate"] = drop_path_rate
+        if img_size is not None:
+            kwargs["img_size"] = img_size
+        if patch_size is not None:
+            kwargs |= _patch_kwargs(model_name, patch_size, kwargs)
         source = _create(model_name, "meta", **kwargs)
-        kwargs, probe, probe_model = _probe(model_name, source, in_channels, kwargs)
-        source_keys = _source_keys(probe_model, source)
-        prefix = frozen_prefix(probe, freeze_at, source_keys)
+        kwargs, sizes, probe, indices, probe_model = _probe(model_name, source, kwargs)
+        source_names = _source_names(probe_model, source)
+        prefix = frozen_prefix(probe, freeze_at, source_names)
 
-        by_stride = last_of_each_stride(probe.levels)
-        if out_indices is not None:
-            names = {
-                f"p{index}": index for index in _checked_indices(out_indices, probe, model_name)
-            }
-        else:
-            names = {name: by_stride[name] for name in select_levels(out_features, list(by_stride))}
         if output_stride is not None:
             kwargs["output_stride"] = output_stride
-        extractor = _create(
-            model_name,
-            "cpu",
-            pretrained=pretrained,
-            features_only=True,
-            out_indices=tuple(names.values()),
-            **kwargs,
-        )
+        if layers is not None:
+            size = (_native_size(source, kwargs),) * 2
+            names = check_layers(source, layers, size, in_channels)
+            level_names = list(names.values())
+            kwargs.pop("output_fmt", None)
+            model = _create(model_name, None, pretrained=pretrained, **kwargs)
+            extractor = LayerExtractor(model, names)
+            own_names = _source_names(extractor, source)
+            prefix = renamed_prefix(prefix, source_names, own_names)
+            source_names = own_names
+        else:
+            by_stride = last_of_each_stride(probe.levels)
+            if out_indices is not None:
+                names = {f"p{i}": i for i in _checked_indices(out_indices, indices, model_name)}
+            else:
+                selected = select_levels(out_features, list(by_stride))
+                names = {name: indices[by_stride[name]] for name in selected}
+            level_names = list(names)
+            extractor = _create_extractor(
+                model_name, None, list(names.values()), pretrained=pretrained, **kwargs
+            )
         super().__init__(
             extractor,
-            list(names),
+            level_names,
             in_channels=in_channels,
+            sizes=sizes,
             norm=norm,
             prefix=prefix,
-            source_keys=source_keys,
+            source_keys=source_names,
             source_names=source.state_dict(),
         )
         self.model_name = model_name
-        self._kwargs = kwargs
+        self._kwargs = {key: value for key, value in kwargs.items() if key != "output_fmt"}
         if checkpoint_path:
             load_backbone_checkpoint(self, checkpoint_path)
 
@@ -172,8 +198,10 @@ class TimmBackbone(FeatureBackbone):
         return super().load_source(state)
 
 
-def _create(model_name: str, device: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """``timm.create_model`` on a device; what fails ends in one sentence."""
+def _create(
+    model_name: str, device: str | None, pretrained: bool = False, **kwargs: Any
+) -> nn.Module:
+    """``timm.create_model`` on a device (or the current one); what fails ends in one sentence."""
     model_name = str(model_name)
     name, _, tag = model_name.partition(".")
     if ":" not in model_name:
@@ -188,7 +216,10 @@ def _create(model_name: str, device: str, pretrained: bool = False, **kwargs: An
             )
     hub = pretrained or model_name.startswith("hf-hub:")
     try:
-        with torch.device(device), downloading_from_hub(model_name) if hub else nullcontext():
+        with (
+            torch.device(device) if device else nullcontext(),
+            downloading_from_hub(model_name) if hub else nullcontext(),
+        ):
             return timm.create_model(model_name, pretrained=pretrained, **kwargs)
     except ConnectionError:
         raise
@@ -197,54 +228,89 @@ def _create(model_name: str, device: str, pretrained: bool = False, **kwargs: An
         raise ValueError(f"model_name={model_name!r} cannot be built: {reason}") from error
 
 
+def _create_extractor(
+    model_name: str, device: str | None, indices: Sequence[int], *, output_fmt: str = "", **kwargs
+) -> nn.Module:
+    """timm's own feature extractor of a model, of maps or (``output_fmt="NLC"``) of tokens."""
+    extractor = _create(
+        model_name, device, features_only=True, out_indices=tuple(indices), **kwargs
+    )
+    if output_fmt:
+        if not isinstance(extractor, FeatureGetterNet):
+            raise ValueError(f"{model_name} has no tokens")
+        extractor.output_fmt = Format(output_fmt)
+    return extractor
+
+
 def _probe(
-    model_name: str, source: nn.Module, in_channels: int, kwargs: dict[str, Any]
-) -> tuple[dict[str, Any], Trace, nn.Module]:
+    model_name: str, source: nn.Module, kwargs: dict[str, Any]
+) -> tuple[dict[str, Any], SizeRule, Trace, list[int], nn.Module]:
     """Build an extractor of all levels on the meta device and run it.
 
     Returns:
-        the arguments with which the model takes images of any size, the trace and the extractor.
+        the arguments with which the model takes images of the most sizes, the sizes that it then
+        takes, the trace, timm's index of each level, and the extractor.
     """
-    levels = tuple(range(len(getattr(source, "feature_info", ()))))
-    if not levels:
+    info = getattr(source, "feature_info", ())
+    indices = [i for i, level in enumerate(info) if level["module"]]
+    if not indices:
         raise ValueError(f"model_name={model_name!r} has no feature maps: it cannot be a backbone")
-    failure = None
-    for switch in SIZE_SWITCHES:
-        trial = {**switch, **kwargs}
-        try:
-            model = _create(model_name, "meta", features_only=True, out_indices=levels, **trial)
-            return trial, trace(model, in_channels), model
-        except Exception as error:  # a model may refuse in any way; the first reason is the best
-            failure = failure or error
-    raise ValueError(
-        f"model_name={model_name!r} does not take images of any size: {failure}"
-    ) from failure
+    trials = [{**switch, **kwargs} for switch in SIZE_SWITCHES]
+    variants = [
+        functools.partial(_create_extractor, model_name, "meta", indices, **trial)
+        for trial in trials
+    ]
+    try:
+        sizes, chosen, extractor, found = find_size_rule(
+            variants, _native_size(source, kwargs), kwargs["in_chans"]
+        )
+    except ValueError as error:
+        raise ValueError(f"model_name={model_name!r} cannot be a backbone: {error}") from error
+    return trials[chosen], sizes, found, indices, extractor
 
 
-def _source_keys(extractor: nn.Module, source: nn.Module) -> dict[str, str]:
-    """The extractor's parameter and buffer names to those of the classification model.
+def _native_size(source: nn.Module, kwargs: dict[str, Any]) -> int:
+    """The N of the N x N images that a model is built for."""
+    return kwargs.get("img_size") or source.pretrained_cfg["input_size"][-1]
 
-    timm's extractors put ``model.`` before a name or write its first dots as underscores.
+
+def _patch_kwargs(model_name: str, patch_size: int, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Arguments for another patch size on the grid of patches that the model was trained with."""
+    source = _create(model_name, "meta", **kwargs)
+    own = getattr(getattr(source, "patch_embed", None), "patch_size", None)
+    if own is None:
+        raise ValueError(f"patch_size={patch_size} needs a ViT, and {model_name} has no patches")
+    grid = _native_size(source, {}) // own[0]
+    return {"patch_size": patch_size, "img_size": grid * patch_size, **kwargs}
+
+
+def _source_names(extractor: nn.Module, source: nn.Module) -> dict[str, str]:
+    """The extractor's module, parameter and buffer names to those of the classification model.
+
+    timm's extractors put ``model.`` or ``body.`` before a name or write its first dots as
+    underscores.
     """
-    flat = {key.replace(".", "_"): key for key in source.state_dict()}
-    keys = {key: key.removeprefix("model.") for key in extractor.state_dict()}
-    return {key: flat.get(name.replace(".", "_"), name) for key, name in keys.items()}
+    flat = {name.replace(".", "_"): name for name in _names(source)}
+    names = {name: re.sub(r"^(model|body)\.", "", name) for name in _names(extractor)}
+    return {own: flat.get(name.replace(".", "_"), name) for own, name in names.items()}
 
 
-def _checked_indices(out_indices: Sequence[int], probe: Trace, model_name: str) -> list[int]:
+def _names(model: nn.Module) -> list[str]:
+    return [*(name for name, _ in model.named_modules()), *model.state_dict()]
+
+
+def _checked_indices(
+    out_indices: Sequence[int], valid: Sequence[int], model_name: str
+) -> list[int]:
     """``out_indices``, counted from 0 and in ascending order."""
-    count = len(probe.levels)
+    count = valid[-1] + 1
     if isinstance(out_indices, int) or not all(isinstance(i, int) for i in out_indices):
         raise ValueError(f"out_indices={out_indices!r} must be a list of whole numbers")
     indices = sorted(i + count if i < 0 else i for i in out_indices)
-    if (
-        not indices
-        or len(set(indices)) < len(indices)
-        or not 0 <= indices[0] <= indices[-1] < count
-    ):
+    if not indices or len(set(indices)) < len(indices) or not set(indices) <= set(valid):
         raise ValueError(
             f"out_indices={list(out_indices)} must be different levels of {model_name}, "
-            f"0 to {count - 1}"
+            f"{valid[0]} to {valid[-1]}"
         )
     return indices
 

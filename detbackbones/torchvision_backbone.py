@@ -10,17 +10,19 @@ from detectron2.config import CfgNode, configurable
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, Backbone
 from torch import nn
-from torchvision.models import WeightsEnum
+from torchvision.models import VisionTransformer, WeightsEnum
 from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 from torchvision.ops import StochasticDepth
 
 from .checkpoint import downloading
 from .feature_backbone import FeatureBackbone, plain_dict, select_levels
-from .freeze import frozen_prefix
-from .levels import PROBE_SIZE, measure_shape, meta_state, trace
+from .freeze import NO_PREFIX, frozen_prefix
+from .levels import measure_shape, meta_state, trace
 from .messages import nearest, one_of
 from .norm import NORMS
 from .pyramid import build_yacs_pyramid
+from .sizes import ANY_SIZE, SizeRule
+from .torchvision_vit import VisionTransformerFeatures
 
 # A module that is traced through cannot be put into eval mode alone, as freeze_at does.
 _TRACER = {"leaf_modules": [StochasticDepth]}
@@ -41,6 +43,7 @@ class TorchvisionBackbone(FeatureBackbone):
         out_features: Sequence[str] | None = None,
         norm: str = "",
         freeze_at: int = 0,
+        img_size: int | None = None,
         model_kwargs: dict[str, Any] | None = None,
     ):
         """
@@ -55,6 +58,8 @@ class TorchvisionBackbone(FeatureBackbone):
                 ``return_nodes``).
             norm: batch norm ``""`` as in the model, ``"FrozenBN"``, ``"SyncBN"`` or ``"BN"``.
             freeze_at: 0 nothing, 1 the stem, 2 up to and including ``res2``, ... 5 all.
+            img_size: build a ViT or MaxViT for images of this size. A ViT takes others too, a
+                MaxViT takes images up to this size.
             model_kwargs: further arguments for ``torchvision.models.get_model``.
 
         Raises:
@@ -73,21 +78,28 @@ class TorchvisionBackbone(FeatureBackbone):
         if weights is not None:
             weights = _checked_weights(model_name, weights)
 
+        kwargs = plain_dict(model_kwargs)
+        if img_size is not None:
+            kwargs |= _size_kwargs(model_name, img_size)
         with downloading(model_name), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*initialization of .* will be changed")
             try:
-                source = torchvision.models.get_model(
-                    model_name, weights=weights, **plain_dict(model_kwargs)
-                )
+                source = torchvision.models.get_model(model_name, weights=weights, **kwargs)
             except (TypeError, ValueError) as error:
                 raise ValueError(f"model_name={model_name!r} cannot be built: {error}") from error
+        source_names = source.state_dict()
+        if isinstance(source, VisionTransformer) and return_nodes is None:
+            source = VisionTransformerFeatures(source)
         try:
-            default_nodes = find_level_nodes(source)
-            probe = trace(_extractor(source, list(default_nodes.values())))
+            sizes, default_nodes = _find_levels(source, img_size or _crop_size(model_name))
         except Exception as error:  # a model may refuse in any way
             reason = str(error).partition("\n")[0]
             raise ValueError(f"model_name={model_name!r} cannot be a backbone: {reason}") from error
-        prefix = frozen_prefix(probe, freeze_at, {})
+        prefix = NO_PREFIX
+        if freeze_at != 0:
+            whole = _extractor(source, list(default_nodes.values()))
+            probe = trace(whole, size=sizes.probe, resample=sizes.resample)
+            prefix = frozen_prefix(probe, freeze_at, {})
 
         if return_nodes is None:
             nodes = {
@@ -98,14 +110,14 @@ class TorchvisionBackbone(FeatureBackbone):
             kept = list(nodes.values()) if out_features is None else out_features
             kept = select_levels(kept, list(nodes.values()))
             nodes = {node: name for node, name in nodes.items() if name in kept}
-        extractor = _extractor(source, nodes)
         try:
             super().__init__(
-                extractor,
+                _extractor(source, nodes),
                 list(nodes.values()),
+                sizes=sizes,
                 norm=norm,
                 prefix=prefix,
-                source_names=source.state_dict(),
+                source_names=source_names,
             )
         except ValueError as error:
             raise ValueError(f"return_nodes={nodes} cannot be levels: {error}") from error
@@ -124,7 +136,22 @@ class TorchvisionBackbone(FeatureBackbone):
         }
 
 
-def find_level_nodes(model: nn.Module) -> dict[str, str]:
+def _find_levels(model: nn.Module, native: int) -> tuple[SizeRule, dict[str, str]]:
+    """The sizes that a model takes, and its levels: any size, or its native one, or resampled."""
+    if isinstance(model, VisionTransformerFeatures):
+        sizes = SizeRule(model.patch_size)
+        (level,) = trace(model, size=sizes.probe).levels
+        return sizes, {f"res{level.exponent}": "encoder"}
+    failures = []
+    for sizes in (ANY_SIZE, SizeRule(native, native), SizeRule(resample=True)):
+        try:
+            return sizes, find_level_nodes(model, sizes)
+        except Exception as error:  # a model may refuse in any way
+            failures.append(error)
+    raise failures[0]
+
+
+def find_level_nodes(model: nn.Module, sizes: SizeRule = ANY_SIZE) -> dict[str, str]:
     """Find a model's levels by tracing it.
 
     A level is what enters the block that halves the resolution, or what the model ends with. The
@@ -133,17 +160,22 @@ def find_level_nodes(model: nn.Module) -> dict[str, str]:
 
     Args:
         model: any that torch.fx can trace.
+        sizes: the image sizes that it takes.
 
     Returns:
         level name (``res2`` for stride 4) to graph node, fine to coarse.
     """
-    nodes = [n for n in get_graph_node_names(model, _TRACER)[1] if n != "x"]
-    outputs = _run_all(model, nodes)
+    outputs = _run_all(model, sizes.probe)
+    classifier = [name for name, _ in model.named_children()][-1] + "."
+    if outputs[next(reversed(outputs))].dim() == 4:
+        classifier = None
     strides = {
         node: measured[1]
         for node, output in outputs.items()
         if isinstance(output, torch.Tensor)
-        and (measured := measure_shape(output.shape, PROBE_SIZE))
+        and output.dim() == 4
+        and not (classifier and node.startswith(classifier))
+        and (measured := measure_shape(output.shape, sizes.probe, sizes.resample))
     }
     order = list(strides)
     levels = {}
@@ -173,18 +205,36 @@ def _block(node: str, strides: dict[str, int], allowed: set[int]) -> str:
 
 
 def _extractor(model: nn.Module, nodes: Mapping[str, str] | list[str]) -> nn.Module:
+    if isinstance(model, VisionTransformerFeatures):
+        return model
     return create_feature_extractor(model, nodes, tracer_kwargs=_TRACER)
 
 
-def _run_all(model: nn.Module, nodes: list[str]) -> dict[str, Any]:
-    """The output of every node, on the meta device."""
+def _run_all(model: nn.Module, size: tuple[int, int]) -> dict[str, Any]:
+    """The output of every node but the input, on the meta device, in the order of execution."""
+    nodes = [n for n in get_graph_node_names(model, _TRACER)[1] if n != "x"]
     extractor = create_feature_extractor(
         model, train_return_nodes=nodes[:1], eval_return_nodes=nodes, tracer_kwargs=_TRACER
     )
     extractor.eval()
     with torch.no_grad():
-        x = torch.empty(2, 3, *PROBE_SIZE, device="meta")
+        x = torch.empty(2, 3, *size, device="meta")
         return torch.func.functional_call(extractor, meta_state(extractor), (x,))
+
+
+def _size_kwargs(model_name: str, img_size: int) -> dict[str, Any]:
+    """The argument by which a torchvision model is built for an image size."""
+    if model_name.startswith("vit_"):
+        return {"image_size": img_size}
+    if model_name.startswith("maxvit_"):
+        return {"input_size": (img_size, img_size)}
+    raise ValueError(f"img_size={img_size} has no meaning for {model_name}: it takes any size")
+
+
+def _crop_size(model_name: str) -> int:
+    """The N of the N x N images that a model's weights were evaluated on."""
+    weights = torchvision.models.get_model_weights(model_name).DEFAULT
+    return weights.transforms().crop_size[0]
 
 
 def _checked_nodes(

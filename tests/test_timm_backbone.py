@@ -171,6 +171,47 @@ def test_out_indices_name_what_timm_gives(checkpoint):
     assert_close(levels["p4"], maps[4])
 
 
+def test_layers_by_name(checkpoint):
+    source, path = checkpoint("resnet18")
+    layers = {"layer3.0": "res4", "layer1": "fine"}
+    backbone = TimmBackbone("resnet18", layers=layers, checkpoint_path=path, norm="FrozenBN")
+    assert {n: (s.channels, s.stride) for n, s in backbone.output_shape().items()} == {
+        "fine": (64, 4),
+        "res4": (256, 16),
+    }
+    assert backbone.size_divisibility == 16
+    assert {key.removeprefix("model.") for key in backbone.state_dict()} < set(source.state_dict())
+    assert not [key for key in backbone.state_dict() if key.startswith("model.layer4")]
+    x = images(2, 3, 64, 96)
+    expected = []
+    for name in ("layer1", "layer3.0"):
+        source.get_submodule(name).register_forward_hook(lambda m, a, y: expected.append(y))
+    with torch.no_grad():
+        levels = backbone.eval()(x)
+        source(x)
+    assert_close(levels["fine"], expected[0])
+    assert_close(levels["res4"], expected[1])
+    sum(level.square().mean() for level in backbone.train()(x).values()).backward()
+    assert not [n for n, p in backbone.named_parameters() if p.requires_grad and p.grad is None]
+
+
+@pytest.mark.parametrize(
+    "name, last",
+    [
+        ("resnet18", "layer4"),
+        ("convnext_atto", "stages.3"),
+        ("swin_tiny_patch4_window7_224", "layers.3"),
+    ],
+)
+@pytest.mark.parametrize("freeze_at", [1, 2, 3])
+def test_freeze_at_is_the_same_for_layers_by_name(name, last, freeze_at):
+    by_name = TimmBackbone(name, layers=[last], freeze_at=freeze_at)
+    by_stride = TimmBackbone(name, freeze_at=freeze_at)
+    assert trainable(by_name) == trainable(by_stride)
+    norms = [type(m) for m in by_name.modules() if "Norm" in type(m).__name__]
+    assert norms == [type(m) for m in by_stride.modules() if "Norm" in type(m).__name__]
+
+
 @pytest.mark.parametrize(
     "name",
     ["resnet18", "efficientnet_b0", "mobilenetv3_large_100", "swin_tiny_patch4_window7_224"],
@@ -239,7 +280,9 @@ WRONG = [
     ({"model_name": "resnet18.nope"}, "model_name='resnet18.nope' .*'resnet18.a1_in1k'"),
     ({"model_name": "nope:resnet18"}, "'nope:resnet18', valid sources: hf-hub, local-dir"),
     ({"model_name": "local-dir:/no/such"}, "model_name='local-dir:/no/such' .* not found"),
-    ({"model_name": "mixer_s32_224"}, "model_name='mixer_s32_224' does not take .* any size"),
+    ({"layers": ["layr2"]}, "layers='layr2' is unknown: the nearest are 'layer2'"),
+    ({"layers": ["layer2"], "out_indices": [1]}, "out_indices=.* and layers=.* together: use one"),
+    ({"layers": ["fc"]}, r"layers='fc' gives \(2, 1000\), not one feature map"),
     ({"norm": "GN"}, "norm='GN' is unknown: valid are '', 'FrozenBN', 'SyncBN', 'BN'"),
     ({"norm_layer": nn.LayerNorm}, "norm_layer=.*LayerNorm.* valid are 'FrozenBatchNorm2d'"),
     ({"out_features": ["res7"]}, r"out_features=\['res7'\] .* 'res1', .* 'res5'"),
@@ -250,7 +293,10 @@ WRONG = [
     ({"out_indices": ()}, r"out_indices=\[\] .* 0 to 4"),
     ({"out_indices": 2}, "out_indices=2 must be a list of whole numbers"),
     ({"out_indices": ("res2",)}, "out_indices=.'res2',. must be a list of whole numbers"),
-    ({"out_features": ["res2"], "out_indices": (1,)}, "out_features=.* and out_indices=.* both"),
+    (
+        {"out_features": ["res2"], "out_indices": (1,)},
+        "out_features=.* and out_indices=.* use one",
+    ),
     ({"features_only": False}, "features_only=False is not possible"),
     ({"in_channels": 0}, "in_channels=0 must be .* from 1"),
     ({"in_channels": 2.5}, "in_channels=2.5 must be .* from 1"),

@@ -147,8 +147,6 @@ def test_default_nodes_of_resnet():
 WRONG = [
     ({"model_name": "resnet81"}, "model_name='resnet81' .*'resnet18'"),
     ({"model_name": "fcos_resnet50_fpn"}, "model_name='fcos_resnet50_fpn' .*'resnet50'"),
-    ({"model_name": "vit_b_16"}, "model_name='vit_b_16' cannot be a backbone: .* 224"),
-    ({"model_name": "squeezenet1_0"}, "model_name='squeezenet1_0' cannot .* whole stride"),
     ({"norm": "GN"}, "norm='GN' is unknown: valid are '', 'FrozenBN'"),
     ({"weights": "V7"}, "weights='V7' is unknown: valid are 'IMAGENET1K_V1', 'DEFAULT'"),
     ({"weights": ResNet50_Weights.DEFAULT}, "weights='ResNet50_Weights.*'IMAGENET1K_V1'"),
