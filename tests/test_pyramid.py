@@ -8,15 +8,46 @@ from detbackbones import (
     add_backbone_config,
     build_pyramid,
 )
-from detbackbones.pyramid import SimpleFeaturePyramid
+from detbackbones.pyramid import FeaturePyramid, SimpleFeaturePyramid
 from detectron2.config import get_cfg
 from detectron2.layers import ShapeSpec
-from detectron2.modeling import build_backbone, build_model
+from detectron2.modeling import Backbone, build_backbone, build_model
 from detectron2.modeling.backbone import FPN
 from detectron2.modeling.backbone.fpn import LastLevelMaxPool, LastLevelP6P7
 from detectron2.structures import Boxes, ImageList, Instances
 from detectron2.utils.events import EventStorage
 from models import images
+from torch import nn
+
+
+class Toy(Backbone):
+    """A chain of convolutions: levels a, b, ... of the strides and channels given."""
+
+    def __init__(self, strides, channels, *, img_size=None, divisor=0, constraints=None):
+        super().__init__()
+        self.img_size, self.divisor, self.constraints = img_size, divisor, constraints or {}
+        self._out_features = list("abcdefgh"[: len(strides)])
+        self._out_feature_strides = dict(zip(self._out_features, strides))
+        self._out_feature_channels = dict(zip(self._out_features, channels))
+        self.convs = nn.ModuleList(
+            nn.Conv2d(c_in, c_out, 3, after // before, padding=1)
+            for c_in, c_out, before, after in zip([3, *channels], channels, [1, *strides], strides)
+        )
+
+    def forward(self, x):
+        assert self.img_size is None or x.shape[-2:] == (self.img_size, self.img_size)
+        levels = {}
+        for name, conv in zip(self._out_features, self.convs):
+            levels[name] = x = conv(x)
+        return levels
+
+    @property
+    def size_divisibility(self):
+        return self.divisor
+
+    @property
+    def padding_constraints(self):
+        return self.constraints
 
 
 def run(pyramid, sizes=((64, 96),)):
@@ -76,28 +107,216 @@ def test_retinanet_levels(name):
 @pytest.mark.parametrize("fuse_type, factor", [("sum", 1), ("avg", 0.5)])
 def test_arguments_reach_the_fpn(fuse_type, factor):
     bottom_up = TimmBackbone("resnet18", out_indices=(1, 2, 3, 4)).eval()
-    pyramid = build_pyramid(bottom_up, 8, in_features=["p3", "p2"], fuse_type=fuse_type).eval()
+    pyramid = build_pyramid(
+        bottom_up, 8, in_features=["p4", "p3", "p2"], min_level=3, fuse_type=fuse_type
+    ).eval()
     x = images(1, 3, 64, 64)
     with torch.no_grad():
         levels, own = pyramid(x), bottom_up(x)
-        assert list(levels) == ["p3", "p4"]
-        top = pyramid.fpn_lateral4(own["p3"])
-        up = torch.nn.functional.interpolate(top, scale_factor=2, mode="nearest")
-        fused = factor * (pyramid.fpn_lateral3(own["p2"]) + up)
+        assert list(levels) == ["p3", "p4", "p5"]
+        fused = pyramid.fpn_lateral5(own["p4"])
+        for n, name in ((4, "p3"), (3, "p2")):
+            up = torch.nn.functional.interpolate(fused, scale_factor=2, mode="nearest")
+            fused = factor * (getattr(pyramid, f"fpn_lateral{n}")(own[name]) + up)
         torch.testing.assert_close(levels["p3"], pyramid.fpn_output3(fused))
 
 
+def without_gradient(pyramid, levels):
+    """Parameters that a loss on all levels does not reach: DistributedDataParallel wants none."""
+    sum(level.square().mean() for level in levels.values()).backward()
+    return [n for n, p in pyramid.named_parameters() if p.requires_grad and p.grad is None]
+
+
 @pytest.mark.parametrize(
-    "arguments, message",
+    "strides, channels, min_level, completed",
     [
-        ({"in_features": ["res7"]}, r"\['res7'\] .* 'res2', 'res3', 'res4', 'res5'"),
-        ({"in_features": ["res2", "res4"]}, r"strides \[4, 16\]"),
-        ({"min_level": 6}, r"min_level=6 .* \[4, 8, 16, 32\]"),
+        # channels of res2, res3, ... under the FPN, None for a SimpleFeaturePyramid
+        ((4, 8, 16, 32), (4, 5, 6, 7), 2, [4, 5, 6, 7]),
+        ((16, 32), (6, 7), 2, [1, 3, 6, 7]),
+        ((16, 32), (7, 6), 2, [1, 3, 7, 6]),
+        ((16, 32), (6, 7), 3, [3, 6, 7]),
+        ((8, 16, 32), (7, 8, 9), 2, [3, 7, 8, 9]),
+        ((8, 16, 32), (7, 8, 9), 3, [7, 8, 9]),
+        ((4, 8, 16), (5, 6, 7), 2, [5, 6, 7, 7]),
+        ((4, 16, 32), (5, 6, 7), 2, [5, 5, 6, 7]),
+        ((4, 32), (5, 6), 2, [5, 5, 5, 6]),
+        ((4,), (5,), 2, [5, 5, 5, 5]),
+        ((4,), (5,), 3, [5, 5, 5, 5]),
+        ((8,), (6,), 2, [3, 6, 6, 6]),
+        ((8,), (6,), 3, [6, 6, 6]),
+        ((16,), (8,), 2, None),
+        ((16,), (8,), 3, None),
+        ((32,), (9,), 2, [1, 2, 4, 9]),
+        ((32,), (9,), 3, None),
+        ((64,), (16,), 2, [1, 2, 4, 8]),
+        ((16, 32, 64), (6, 7, 8), 2, [1, 3, 6, 7]),
+        ((4, 8, 16, 16), (4, 5, 6, 7), 2, [4, 5, 7, 7]),
+        ((16, 16), (4, 8), 2, None),
+        ((1, 2, 4), (3, 4, 5), 1, [4, 5, 5, 5, 5]),
     ],
 )
-def test_wrong_input(arguments, message):
+def test_levels_are_completed(strides, channels, min_level, completed):
+    bottom_up = Toy(strides, channels)
+    retinanet = min_level == 3
+    pyramid = build_pyramid(
+        bottom_up,
+        8,
+        min_level=min_level,
+        top_block=LastLevelP6P7(8, 8, "p5") if retinanet else LastLevelMaxPool(),
+    )
+    names = [f"p{n}" for n in range(min_level, 8 if retinanet else 7)]
+    assert run(pyramid, [(60, 90), (50, 64)]) == (
+        {name: 2 ** int(name[1:]) for name in names},
+        (64, 96),
+    )
+    assert isinstance(pyramid, SimpleFeaturePyramid if completed is None else FeaturePyramid)
+    if completed is not None:
+        assert [shape.channels for shape in pyramid.completed.output_shape().values()] == completed
+    left_out = (
+        ["bottom_up.convs.2.weight", "bottom_up.convs.2.bias"] if strides[2:] == (64,) else []
+    )
+    assert without_gradient(pyramid, pyramid(images(2, 3, 64, 96))) == left_out
+
+
+def test_made_levels():
+    """Finer ones as SimpleFeaturePyramid makes them, coarser ones by pooling."""
+    bottom_up = Toy((8, 32), (12, 5))
+    completed = build_pyramid(bottom_up, 8, min_level=1).completed
+    names = [type(layer).__name__ for layer in completed.finer["res1"]]
+    assert names == ["ConvTranspose2d", "LayerNorm", "GELU", "ConvTranspose2d"]
+    own = bottom_up(images(2, 3, 64, 96))
+    levels = completed(own)
+    assert {n: tuple(level.shape[1:]) for n, level in levels.items()} == {
+        "res1": (3, 32, 48),
+        "res2": (6, 16, 24),
+        "res3": (12, 8, 12),
+        "res4": (12, 4, 6),
+        "res5": (5, 2, 3),
+    }
+    assert levels["res3"] is own["a"] and levels["res5"] is own["b"]
+    assert torch.equal(levels["res2"], completed.finer["res2"](own["a"]))
+    assert torch.equal(
+        levels["res4"], own["a"].unflatten(3, (6, 2)).unflatten(2, (4, 2)).amax((3, 5))
+    )
+
+
+@pytest.mark.parametrize(
+    "strides, in_features, min_level, names",
+    [
+        ((4, 8, 16, 32), ["b", "c", "d"], 2, ["p2", "p3", "p4", "p5"]),
+        ((4, 8, 16, 32), ["a", "b", "c", "d"], 3, ["p2", "p3", "p4", "p5"]),
+        ((4, 8, 16, 32), ["b", "c"], 3, ["p3", "p4", "p5"]),
+        ((4, 8, 16, 32, 64), ["c", "d", "e"], 3, ["p3", "p4", "p5"]),
+        ((4, 8, 16, 32, 64), ["e"], 4, ["p4", "p5"]),
+        ((4, 8, 16, 32, 96), None, 2, ["p2", "p3", "p4", "p5"]),
+    ],
+)
+def test_in_features(strides, in_features, min_level, names):
+    bottom_up = Toy(strides, [8] * len(strides))
+    pyramid = build_pyramid(bottom_up, 8, in_features=in_features, min_level=min_level)
+    assert list(run(pyramid)[0]) == names
+
+
+@pytest.mark.parametrize("in_features, used", [(None, "d"), (["a", "c"], "c"), (["b", "a"], "b")])
+def test_last_level_of_a_stride(in_features, used):
+    bottom_up = Toy((16, 16, 16, 16), (8, 8, 8, 8))
+    assert build_pyramid(bottom_up, 8, in_features=in_features).in_feature == used
+    bottom_up = Toy((16, 16, 16, 16, 32), (8, 8, 8, 8, 8))
+    pyramid = build_pyramid(bottom_up, 8, in_features=in_features and [*in_features, "e"])
+    assert pyramid.completed.names == {"res4": used, "res5": "e"}
+
+
+def test_top_block_on_the_own_p5():
+    """A level called p5, the output of index 5, is none of the pyramid."""
+    bottom_up = TimmBackbone("vit_tiny_patch16_224", out_indices=range(12))
+    pyramid = build_pyramid(bottom_up, 8, top_block=LastLevelMaxPool())
+    assert pyramid.in_feature == "p11"
+    assert run(pyramid)[0] == {"p2": 4, "p3": 8, "p4": 16, "p5": 32, "p6": 64}
+
+
+@pytest.mark.parametrize(
+    "name, arguments, made",
+    [
+        ("resnet18", {}, []),
+        ("resnet18", {"output_stride": 16}, []),
+        ("visformer_tiny", {}, ["res2"]),
+        ("vit_tiny_patch16_224", {}, None),
+    ],
+)
+def test_real_backbones(name, arguments, made):
+    bottom_up = TimmBackbone(name, **arguments)
+    pyramid = build_pyramid(bottom_up, 8, top_block=LastLevelMaxPool())
+    assert run(pyramid)[0] == {"p2": 4, "p3": 8, "p4": 16, "p5": 32, "p6": 64}
+    if made is not None:
+        assert list(pyramid.completed.finer) == made
+    size = bottom_up.img_size or 64
+    assert not without_gradient(pyramid, pyramid(images(2, 3, size, size)))
+    prefix = "net." if made is None else "bottom_up."
+    keys = {key for key in pyramid.state_dict() if key.startswith(prefix)}
+    assert keys == {prefix + key for key in bottom_up.state_dict()}
+
+
+def test_keys_of_a_complete_pyramid():
+    bottom_up = TimmBackbone("resnet18")
+    upstream = FPN(bottom_up, ["res2", "res3", "res4", "res5"], 8, top_block=LastLevelMaxPool())
+    pyramid = build_pyramid(bottom_up, 8, top_block=LastLevelMaxPool())
+    assert list(pyramid.state_dict()) == list(upstream.state_dict())
+    pyramid.load_state_dict(upstream.state_dict())
+    x = images(2, 3, 64, 96)
+    for name, level in upstream.eval()(x).items():
+        assert torch.equal(level, pyramid.eval()(x)[name])
+
+
+@pytest.mark.parametrize("strides", [(16,), (8, 16), (16, 32), (32,), (4, 8, 16, 32)])
+def test_one_image_size_alone(strides):
+    """240 is no multiple of 32: p5 has ceil(240 / 32) = 8 rows."""
+    pyramid = build_pyramid(
+        Toy(strides, [8] * len(strides), img_size=240, divisor=240), 8, top_block=LastLevelMaxPool()
+    )
+    assert pyramid.size_divisibility == 240
+    assert pyramid.padding_constraints == {"size_divisibility": 240}
+    batch = ImageList.from_tensors(
+        [images(3, 200, 240), images(3, 150, 90)],
+        pyramid.size_divisibility,
+        padding_constraints=pyramid.padding_constraints,
+    ).tensor
+    rows = {name: level.shape[2:] for name, level in pyramid(batch).items()}
+    assert rows == {"p2": (60, 60), "p3": (30, 30), "p4": (15, 15), "p5": (8, 8), "p6": (4, 4)}
+
+
+@pytest.mark.parametrize(
+    "strides, rule, constraints",
+    [
+        ((4, 8, 16, 32), {}, {"size_divisibility": 32}),
+        ((4, 8, 16, 32), {"divisor": 56}, {"size_divisibility": 224}),
+        ((16,), {"divisor": 48}, {"size_divisibility": 96}),
+        ((8, 16), {"divisor": 48}, {"size_divisibility": 96}),
+        ((8, 16), {"constraints": {"size_divisibility": 28}}, {"size_divisibility": 224}),
+        (
+            (16,),
+            {"divisor": 16, "constraints": {"square_size": 1024}},
+            {"square_size": 1024, "size_divisibility": 32},
+        ),
+        ((16,), {"divisor": 224, "img_size": 224}, {"size_divisibility": 224}),
+    ],
+)
+def test_size_rules_of_the_bottom_up(strides, rule, constraints):
+    pyramid = build_pyramid(Toy(strides, [8] * len(strides), **rule), 8)
+    assert pyramid.padding_constraints == constraints
+    assert pyramid.size_divisibility == constraints["size_divisibility"]
+
+
+@pytest.mark.parametrize(
+    "strides, arguments, message",
+    [
+        ((4, 8), {"in_features": ["c"]}, r"\['c'\] .* 'a', 'b'"),
+        ((4, 8), {"min_level": 6}, "min_level=6 .* from 0 to 5"),
+        ((14,), {}, "level a has stride 14, .* give patch_size=16"),
+    ],
+)
+def test_wrong_input(strides, arguments, message):
     with pytest.raises(ValueError, match=message):
-        build_pyramid(TimmBackbone("resnet18"), **arguments)
+        build_pyramid(Toy(strides, [8] * len(strides)), **arguments)
 
 
 def yacs(name, **changes):
@@ -182,20 +401,36 @@ RETINANET = {
 
 
 @pytest.mark.parametrize(
-    "name, changes",
+    "name, changes, size",
     [
-        ("build_timm_fpn_backbone", FPN_HEADS),
+        ("build_timm_fpn_backbone", FPN_HEADS, (250, 333)),
         (
             "build_timm_fpn_backbone",
             {**FPN_HEADS, "MODEL__TIMM__MODEL_NAME": "vit_tiny_patch16_224"},
+            (250, 333),
         ),
-        ("build_retinanet_torchvision_fpn_backbone", RETINANET),
+        (
+            "build_timm_fpn_backbone",  # begins at stride 8, and takes images up to 224x224
+            {**FPN_HEADS, "MODEL__TIMM__MODEL_NAME": "visformer_tiny"},
+            (210, 160),
+        ),
+        (
+            "build_timm_fpn_backbone",
+            {**FPN_HEADS, "MODEL__TIMM__OUT_FEATURES": ["res4"]},
+            (250, 333),
+        ),
+        ("build_retinanet_torchvision_fpn_backbone", RETINANET, (250, 333)),
+        (
+            "build_retinanet_torchvision_fpn_backbone",
+            {**RETINANET, "MODEL__TORCHVISION__OUT_FEATURES": ["res2", "res4"]},
+            (250, 333),
+        ),
     ],
 )
-def test_yacs_detectors_train(name, changes):
+def test_yacs_detectors_train(name, changes, size):
     model = build_model(yacs(name, **changes)).train()
     with EventStorage():
-        losses = model(batch())
+        losses = model(batch(size))
     sum(losses.values()).backward()
     assert all(torch.isfinite(loss) for loss in losses.values())
     backbone = model.backbone
@@ -203,8 +438,8 @@ def test_yacs_detectors_train(name, changes):
     grads = [p.grad for p in source.parameters() if p.requires_grad]
     assert grads and all(g is not None for g in grads) and any(g.abs().max() > 0 for g in grads)
     with torch.no_grad():
-        found = model.eval()([{k: v for k, v in batch()[0].items() if k != "instances"}])
-    assert found[0]["instances"].image_size == (250, 333)
+        found = model.eval()([{k: v for k, v in batch(size)[0].items() if k != "instances"}])
+    assert found[0]["instances"].image_size == size
 
 
 def test_yacs_c4_detector_on_a_bare_backbone():
