@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,10 +11,11 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling import Backbone
 from omegaconf import OmegaConf
 from torch import nn
+from torch.utils._pytree import tree_map
 
 from .freeze import NO_PREFIX, Prefix, freeze, frozen_prefix
 from .layers import LayerExtractor, check_layers
-from .levels import Level, Trace, output_list, trace
+from .levels import Trace, output_list, trace
 from .messages import nearest
 from .norm import convert_norm
 from .sizes import ANY_SIZE, SizeRule, find_size_rule
@@ -60,6 +61,7 @@ class FeatureBackbone(Backbone):
         *,
         in_channels: int = 3,
         sizes: SizeRule = ANY_SIZE,
+        measured: Trace | None = None,
         norm: str = "",
         prefix: Prefix = NO_PREFIX,
         source_keys: Mapping[str, str] | None = None,
@@ -71,7 +73,8 @@ class FeatureBackbone(Backbone):
                 (N, h, w, C), or of tokens (N, h * w, C).
             names: a name for each of its outputs.
             in_channels: channels of the input.
-            sizes: the image sizes that the source model takes.
+            sizes: the image sizes that the extractor takes.
+            measured: a trace of it with ``sizes``, if there is one already.
             norm: see :func:`detbackbones.norm.convert_norm`.
             prefix: the part to freeze, see :func:`detbackbones.freeze.frozen_prefix`.
             source_keys: names of the extractor's parameters and buffers to their names in the
@@ -80,8 +83,12 @@ class FeatureBackbone(Backbone):
                 of a deeper model of its family are refused.
         """
         super().__init__()
-        sizes, measured = _measure(extractor, in_channels, sizes)
+        if measured is None:
+            measured = trace(extractor, in_channels, sizes.probe, sizes.resample)
         _drop_unused(extractor, measured, in_channels, sizes)
+        step = math.lcm(*(level.stride for level in measured.levels))
+        if step % sizes.divisor == 0 and not sizes.img_size:
+            sizes = replace(sizes, divisor=1)  # nothing to refuse beyond what the strides say
         self.model = convert_norm(extractor, norm)
         self._eval_modules = freeze(self.model, prefix)
         self._source_keys = {k: v for k, v in (source_keys or {}).items() if k != v}
@@ -131,8 +138,8 @@ class FeatureBackbone(Backbone):
         """
         names = check_layers(module, layers, (img_size, img_size), in_channels)
         extractor = LayerExtractor(copy.deepcopy(module), names)
-        sizes, _, _, probe = find_size_rule([lambda: extractor], img_size, in_channels)
-        finest = min(level.exponent for level in probe.levels)
+        sizes, _, measured = find_size_rule([lambda: extractor], img_size, in_channels)
+        finest = min(level.exponent for level in measured.levels)
         if 0 < freeze_at < finest:
             raise ValueError(
                 f"freeze_at={freeze_at} needs a level of stride {2**freeze_at} or less among "
@@ -143,8 +150,9 @@ class FeatureBackbone(Backbone):
             list(names.values()),
             in_channels=in_channels,
             sizes=sizes,
+            measured=measured,
             norm=norm,
-            prefix=frozen_prefix(probe, freeze_at, {}),
+            prefix=frozen_prefix(measured, freeze_at, {}),
             source_keys={f"model.{key}": key for key in module.state_dict()},
             source_names=module.state_dict(),
         )
@@ -223,64 +231,61 @@ class FeatureBackbone(Backbone):
         return len(fit), wanting
 
 
-def _measure(extractor: nn.Module, in_channels: int, sizes: SizeRule) -> tuple[SizeRule, Trace]:
-    """Trace an extractor, and find what its size rule demands beyond whole strides.
-
-    Without the source model's coarsest levels it may take other sizes than with them.
-    """
-    measured = trace(extractor, in_channels, sizes.probe, sizes.resample)
-    step = math.lcm(*(level.stride for level in measured.levels))
-    if sizes.divisor > step and not sizes.img_size:
-        try:
-            trace(extractor, in_channels, replace(sizes, divisor=step).probe, sizes.resample)
-        except Exception:  # a model may refuse in any way
-            return sizes, measured
-    return sizes if sizes.img_size else replace(sizes, divisor=1), measured
-
-
 def _drop_unused(extractor: nn.Module, measured: Trace, in_channels: int, sizes: SizeRule) -> None:
-    """Replace the modules whose parameters no level needs.
+    """Take the modules and parameters that no level needs out of an extractor.
 
-    Where the model cannot run without one it stays, without gradients.
+    Where it runs them all the same, something takes their place; where that changes the levels
+    they stay, without gradients.
     """
     unused = []
     for name, module in extractor.named_modules():
         own = [f"{name}.{key}" for key, _ in module.named_parameters()]
-        inside = any(name.startswith(f"{other}.") for other in unused)
-        if name and own and not inside and not measured.needed.intersection(own):
-            unused.append(name)
-    if unused and not _runs_without(unused, extractor, measured, in_channels, sizes):
+        if name and own and not measured.needed.intersection(own):
+            if not any(name.startswith(f"{other}.") for other in unused):
+                unused.append(name)
+
+    def runs_without(names: list[str], substitute: Callable[[nn.Module], nn.Module]) -> bool:
+        modules = {name: extractor.get_submodule(name) for name in names}
+        for name, module in modules.items():
+            extractor.set_submodule(name, substitute(module))
+        try:
+            again = trace(extractor, in_channels, sizes.probe, sizes.resample)
+            # what follows an Identity may overwrite what went into it
+            if again.overwrites == measured.overwrites and _same_maps(again, measured):
+                return True
+        except Exception:  # what no level needs may fail in any way
+            pass
+        for name, module in modules.items():
+            extractor.set_submodule(name, module)
+        return False
+
+    if unused and not runs_without(unused, lambda _: nn.Identity()):
         for name in unused:
-            _runs_without([name], extractor, measured, in_channels, sizes)
-    for name, parameter in extractor.named_parameters():
+            runs_without([name], lambda _: nn.Identity()) or runs_without([name], Stub)
+    for name, parameter in list(extractor.named_parameters()):
         if name not in measured.needed:
             parameter.requires_grad_(False)
+            if name not in measured.parameters:
+                module, _, key = name.rpartition(".")
+                extractor.get_submodule(module).register_parameter(key, None)
 
 
-def _runs_without(
-    names: list[str], extractor: nn.Module, measured: Trace, in_channels: int, sizes: SizeRule
-) -> bool:
-    """Replace modules of an extractor, if it gives the same levels without them."""
-    modules = {name: extractor.get_submodule(name) for name in names}
-    for name in names:
-        extractor.set_submodule(name, nn.Identity())
-    try:
-        again = trace(extractor, in_channels, sizes.probe, sizes.resample)
-        # what follows an Identity may overwrite what went into it
-        same = again.overwrites == measured.overwrites
-        if same and _same_shapes(again.levels, measured.levels):
-            return True
-    except Exception:  # what no level needs may fail in any way
-        pass
-    for name, module in modules.items():
-        extractor.set_submodule(name, module)
-    return False
+class Stub(nn.Module):
+    """Zeros of the shapes that a module gives, in the place of one that runs without need."""
+
+    def __init__(self, module: nn.Module):
+        super().__init__()
+        self._model = [copy.deepcopy(module).to("meta").eval()]  # in a list it is no submodule
+
+    def forward(self, *args: torch.Tensor) -> Any:
+        outputs = self._model[0](*(arg.to("meta", torch.float32) for arg in args))
+        like = args[0]
+        return tree_map(lambda out: like.new_zeros(out.shape), outputs)
 
 
-def _same_shapes(levels: list[Level], others: list[Level]) -> bool:
-    return [replace(level, end=0) for level in levels] == [
-        replace(level, end=0) for level in others
-    ]
+def _same_maps(trace: Trace, other: Trace) -> bool:
+    pairs = zip(trace.levels, other.levels, strict=True)
+    return all(replace(level, end=0) == replace(same, end=0) for level, same in pairs)
 
 
 def _rename(state_dict: dict, prefix: str, names: Mapping[str, str]) -> None:

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -64,6 +65,7 @@ class Trace:
 
     Attributes:
         levels: the module's outputs, in the order in which it gives them.
+        shapes: of these outputs, as the module gave them.
         parameters: name of each parameter that was used, and the index of its first use.
         needed: names of the parameters on which some level's values depend.
         overwrites: how many operations in place change what some level's values depend on.
@@ -72,6 +74,7 @@ class Trace:
     """
 
     levels: list[Level]
+    shapes: list[torch.Size]
     parameters: dict[str, int]
     needed: frozenset[str]
     overwrites: int
@@ -91,7 +94,7 @@ def measure_shape(
     Args:
         shape: of the output.
         size: (H, W) of the input.
-        resample: take a map of another grid for one of the nearest stride 2^n, to be resampled.
+        resample: take a map of another stride than 2^n for one of the nearest, to be resampled.
 
     Returns:
         (channels, stride, layout, resampled), or None if the shape is no feature map with a whole
@@ -106,8 +109,9 @@ def measure_shape(
         return None
     grids = {"NCHW": (shape[1], *shape[2:]), "NHWC": (shape[3], *shape[1:3])}
     for layout, (channels, h, w) in grids.items():
-        if min(h, w) > 1 and size[0] % h == 0 and size[0] // h * w == size[1]:
-            return channels, size[0] // h, layout, False
+        stride = size[0] // h
+        if min(h, w) > 1 and size == (h * stride, w * stride) and not (resample and odd(stride)):
+            return channels, stride, layout, False
     for layout, (channels, h, w) in grids.items() if resample else ():
         exponents = {round(math.log2(size[0] / h)), round(math.log2(size[1] / w))}
         if len(exponents) == 1 and min(h, w) > 1:
@@ -115,10 +119,35 @@ def measure_shape(
     return None
 
 
+def odd(stride: int) -> bool:
+    """Whether a stride is no power of two."""
+    return stride & (stride - 1) != 0
+
+
 def meta_state(module: nn.Module) -> dict[str, torch.Tensor]:
-    """A module's parameters and buffers as meta tensors, for ``torch.func.functional_call``."""
-    state = [*module.named_parameters(), *module.named_buffers()]
-    return {name: torch.empty_like(tensor, device="meta") for name, tensor in state}
+    """A module's parameters and buffers as meta tensors, tied where they are tied."""
+    state, made = {}, {}
+    for prefix, child in module.named_modules():
+        for name, tensor in [*child._parameters.items(), *child._buffers.items()]:
+            if tensor is not None:
+                meta = made.setdefault(id(tensor), torch.empty_like(tensor, device="meta"))
+                state[f"{prefix}.{name}" if prefix else name] = meta
+    return state
+
+
+def run_on_meta(module: nn.Module, state: dict[str, torch.Tensor], shape: tuple[int, ...]) -> Any:
+    """Run a module without memory or arithmetic.
+
+    Args:
+        module: is not touched.
+        state: what :func:`meta_state` made of it. (By the name of every tensor, for
+            ``functional_call`` leaves modules that have two names on the meta device if it is to
+            find the second itself.)
+        shape: of its input.
+    """
+    x = torch.empty(*shape, device="meta")
+    with torch.no_grad():
+        return torch.func.functional_call(module, state, (x,), tie_weights=False)
 
 
 class _OperationLog(TorchDispatchMode):
@@ -202,9 +231,8 @@ def trace(
     modes = [(child, child.training) for child in module.modules()]
     module.eval()
     try:
-        with torch.no_grad(), log:
-            x = torch.empty(2, in_channels, *size, device="meta")
-            outputs = output_list(torch.func.functional_call(module, meta, (x,)))
+        with log:
+            outputs = output_list(run_on_meta(module, meta, (2, in_channels, *size)))
     finally:
         for hook in hooks:
             hook.remove()
@@ -225,6 +253,7 @@ def trace(
     sources, overwrites = log.sources(outputs)
     return Trace(
         levels,
+        [output.shape for output in outputs],
         {
             name: log.first_read[id(meta[name])]
             for name in names

@@ -1,12 +1,13 @@
 """Which image sizes a model takes, found by running it on the meta device."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
-from .levels import PROBE_SIZE, Trace, trace
+from .levels import PROBE_SIZE, Trace, measure_shape, odd, trace
 
 
 @dataclass(frozen=True)
@@ -60,8 +61,12 @@ ANY_SIZE = SizeRule()
 
 
 def find_size_rule(
-    variants: Sequence[Callable[[], nn.Module]], native: int, in_channels: int = 3
-) -> tuple[SizeRule, int, nn.Module, Trace]:
+    variants: Sequence[Callable[[], nn.Module]],
+    native: int,
+    in_channels: int = 3,
+    odd_strides: bool = True,
+    at_native: Sequence[torch.Size] = (),
+) -> tuple[SizeRule, int, Trace]:
     """Find how a model can be made to take images of the most sizes.
 
     In this order: any multiple of its strides, larger multiples (whole windows), its native size
@@ -71,9 +76,11 @@ def find_size_rule(
         variants: functions that build an extractor, the preferred first; they may raise.
         native: the N of the N x N images that the model is made for.
         in_channels: channels of the input.
+        odd_strides: whether strides that are no powers of two are left as they are.
+        at_native: shapes of the outputs for N x N images, if they are known.
 
     Returns:
-        the rule, the index of the first variant that follows it, its extractor, and a trace of it.
+        the rule, the index of the first variant that follows it, and a trace of that.
 
     Raises:
         ValueError: if no variant gives feature maps, with the first variant's reason.
@@ -85,25 +92,50 @@ def find_size_rule(
         try:
             if index not in models:
                 models[index] = variants[index]()
-            return trace(models[index], in_channels, rule.probe, rule.resample)
+            found = trace(models[index], in_channels, rule.probe, rule.resample)
+            if rule.resample and not rule.img_size:
+                double = (2 * rule.probe[0], 2 * rule.probe[1])
+                again = trace(models[index], in_channels, double, resample=True)
+                if _strides(again) != _strides(found):
+                    raise ValueError("the feature maps do not grow with the image")
+            if not odd_strides and any(map(odd, _strides(found))):
+                raise ValueError(f"the strides {_strides(found)} are no powers of two")
+            return found
         except Exception as error:  # a model may refuse in any way
             failures.append(error)
             return None
 
-    for resample in (False, True):
-        square = SizeRule(native, native, resample)
-        traces = (attempt(index, square) for index in range(len(variants)))
-        at_native = next((found for found in traces if found), None)
-        if at_native is None:
-            continue
-        step = math.lcm(*(level.stride for level in at_native.levels))
-        whole = native % step == 0
-        divisors = (
-            [d for d in range(step, native + 1, step) if native % d == 0] if whole else [step]
-        )
-        rules = [SizeRule(divisor, resample=resample) for divisor in divisors]
-        for rule in rules + [square] * whole:
-            for index in range(len(variants)):
-                if found := attempt(index, rule):
-                    return rule, index, models[index], found
+    indices = range(len(variants))
+    if not at_native:
+        traces = (attempt(index, SizeRule(native, native, resample=True)) for index in indices)
+        at_native = next((found.shapes for found in traces if found), ())
+    for rule in _candidates(at_native, native) if at_native else ():
+        for index in indices:
+            if found := attempt(index, rule):
+                return rule, index, found
     raise ValueError(str(failures[0]).partition("\n")[0] or repr(failures[0])) from failures[0]
+
+
+def _strides(trace: Trace) -> list[int]:
+    return [level.stride for level in trace.levels]
+
+
+def _candidates(shapes: Sequence[torch.Size], native: int) -> Iterator[SizeRule]:
+    """The rules that a model may follow, by the shapes that it gives for N x N images."""
+    size = (native, native)
+    # The nearest powers of two, for 8 rows of 240 pixels are of stride 32 and not of 30.
+    step = max(measure_shape(shape, size, resample=True)[1] for shape in shapes)
+    whole = [measure_shape(shape, size) for shape in shapes]
+    exact = math.lcm(*(stride for _, stride, _, _ in whole)) if all(whole) else step
+    for resample in (False, True):
+        yield SizeRule(step, resample=resample)
+        if not resample and exact != step:
+            yield SizeRule(exact)
+        for divisor in range(2 * step, native + 1, step):
+            if native % divisor == 0:
+                yield SizeRule(divisor, resample=resample)
+        if not resample and native % exact == 0:
+            yield SizeRule(native, native)
+        elif resample:
+            side = math.ceil(native / step) * step
+            yield SizeRule(side, side, resample=True)

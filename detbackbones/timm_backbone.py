@@ -1,39 +1,34 @@
 """TimmBackbone: any timm model as a detectron2 backbone."""
 
-import functools
 import logging
-import re
 import sys
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from typing import Any
 
-import timm
 import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, Backbone
-from timm.layers import Format
-from timm.models import get_arch_pretrained_cfgs
-from timm.models._features import FeatureGetterNet
 from timm.models._manipulate import adapt_input_conv
-from torch import nn
 
-from .checkpoint import downloading_from_hub, load_backbone_checkpoint
+from .checkpoint import load_backbone_checkpoint
 from .feature_backbone import FeatureBackbone, plain_dict, select_levels
 from .freeze import frozen_prefix, renamed_prefix
-from .layers import LayerExtractor, check_layers
-from .levels import Trace, last_of_each_stride
-from .messages import nearest, one_of
+from .layers import check_layers
+from .levels import last_of_each_stride
+from .messages import one_of
 from .norm import NORMS, norm_from_layer
 from .pyramid import build_yacs_pyramid
-from .sizes import SizeRule, find_size_rule
+from .timm_models import (
+    all_levels,
+    create,
+    create_extractor,
+    patch_kwargs,
+    size_switch,
+    source_names,
+)
 
 logger = logging.getLogger(__name__)
-
-# What timm's model families call "take images of any size"; the first that runs is used. The last
-# is for a model that reads the shape of its maps from numbers: its tokens are taken instead.
-SIZE_SWITCHES = ({}, {"dynamic_img_size": True}, {"strict_img_size": False}, {"output_fmt": "NLC"})
 
 
 @BACKBONE_REGISTRY.register()
@@ -111,44 +106,42 @@ class TimmBackbone(FeatureBackbone):
         if img_size is not None:
             kwargs["img_size"] = img_size
         if patch_size is not None:
-            kwargs |= _patch_kwargs(model_name, patch_size, kwargs)
-        source = _create(model_name, "meta", **kwargs)
-        kwargs, sizes, probe, indices, probe_model = _probe(model_name, source, kwargs)
-        source_names = _source_names(probe_model, source)
-        prefix = frozen_prefix(probe, freeze_at, source_names)
-
+            kwargs |= patch_kwargs(model_name, patch_size, kwargs)
+        found = all_levels(model_name, **kwargs)
+        prefix = frozen_prefix(found.trace, freeze_at, found.names)
+        by_stride = last_of_each_stride(found.trace.levels)
         if output_stride is not None:
             kwargs["output_stride"] = output_stride
+
+        indices, modules = [], []
         if layers is not None:
-            size = (_native_size(source, kwargs),) * 2
-            names = check_layers(source, layers, size, in_channels)
-            level_names = list(names.values())
-            kwargs.pop("output_fmt", None)
-            model = _create(model_name, None, pretrained=pretrained, **kwargs)
-            extractor = LayerExtractor(model, names)
-            own_names = _source_names(extractor, source)
-            prefix = renamed_prefix(prefix, source_names, own_names)
-            source_names = own_names
+            source = create(model_name, "meta", **kwargs)
+            named = check_layers(source, layers, (found.native, found.native), in_channels)
+            modules, level_names = list(named), list(named.values())
+        elif out_indices is not None:
+            indices = _checked_indices(out_indices, found.indices, model_name)
+            level_names = [f"p{index}" for index in indices]
         else:
-            by_stride = last_of_each_stride(probe.levels)
-            if out_indices is not None:
-                names = {f"p{i}": i for i in _checked_indices(out_indices, indices, model_name)}
-            else:
-                selected = select_levels(out_features, list(by_stride))
-                names = {name: indices[by_stride[name]] for name in selected}
-            level_names = list(names)
-            extractor = _create_extractor(
-                model_name, None, list(names.values()), pretrained=pretrained, **kwargs
-            )
+            level_names = select_levels(out_features, list(by_stride))
+            indices = [found.indices[by_stride[name]] for name in level_names]
+        kwargs, sizes, measured = size_switch(model_name, indices=indices, layers=modules, **kwargs)
+        extractor = create_extractor(
+            model_name, None, indices, modules, pretrained=pretrained, **kwargs
+        )
+        names = found.names
+        if layers is not None:
+            names = source_names(extractor, source)
+            prefix = renamed_prefix(prefix, found.names, names)
         super().__init__(
             extractor,
             level_names,
             in_channels=in_channels,
             sizes=sizes,
+            measured=measured,
             norm=norm,
             prefix=prefix,
-            source_keys=source_names,
-            source_names=source.state_dict(),
+            source_keys=names,
+            source_names=found.keys,
         )
         self.model_name = model_name
         self._kwargs = {key: value for key, value in kwargs.items() if key != "output_fmt"}
@@ -177,7 +170,7 @@ class TimmBackbone(FeatureBackbone):
         timm's filters read the formats of original repositories and resample position embeddings;
         the first convolution is adapted to ``in_channels``.
         """
-        source = _create(self.model_name, "meta", **self._kwargs)
+        source = create(self.model_name, "meta", **self._kwargs)
         module = sys.modules[type(source).__module__]
         own = source.state_dict()
         wanted = {key.removeprefix("model.") for key in self.state_dict()}
@@ -198,107 +191,6 @@ class TimmBackbone(FeatureBackbone):
         return super().load_source(state)
 
 
-def _create(
-    model_name: str, device: str | None, pretrained: bool = False, **kwargs: Any
-) -> nn.Module:
-    """``timm.create_model`` on a device (or the current one); what fails ends in one sentence."""
-    model_name = str(model_name)
-    name, _, tag = model_name.partition(".")
-    if ":" not in model_name:
-        if not timm.is_model(name):
-            raise ValueError(
-                f"model_name={model_name!r} is no timm model: {nearest(name, timm.list_models())}"
-            )
-        tags = get_arch_pretrained_cfgs(name) if tag else ()
-        if tag and model_name not in tags:
-            raise ValueError(
-                f"model_name={model_name!r} has an unknown tag: {nearest(model_name, tags)}"
-            )
-    hub = pretrained or model_name.startswith("hf-hub:")
-    try:
-        with (
-            torch.device(device) if device else nullcontext(),
-            downloading_from_hub(model_name) if hub else nullcontext(),
-        ):
-            return timm.create_model(model_name, pretrained=pretrained, **kwargs)
-    except ConnectionError:
-        raise
-    except (AssertionError, OSError, RuntimeError, TypeError) as error:
-        reason = str(error).partition("\n")[0] or f"timm refuses {kwargs}"
-        raise ValueError(f"model_name={model_name!r} cannot be built: {reason}") from error
-
-
-def _create_extractor(
-    model_name: str, device: str | None, indices: Sequence[int], *, output_fmt: str = "", **kwargs
-) -> nn.Module:
-    """timm's own feature extractor of a model, of maps or (``output_fmt="NLC"``) of tokens."""
-    extractor = _create(
-        model_name, device, features_only=True, out_indices=tuple(indices), **kwargs
-    )
-    if output_fmt:
-        if not isinstance(extractor, FeatureGetterNet):
-            raise ValueError(f"{model_name} has no tokens")
-        extractor.output_fmt = Format(output_fmt)
-    return extractor
-
-
-def _probe(
-    model_name: str, source: nn.Module, kwargs: dict[str, Any]
-) -> tuple[dict[str, Any], SizeRule, Trace, list[int], nn.Module]:
-    """Build an extractor of all levels on the meta device and run it.
-
-    Returns:
-        the arguments with which the model takes images of the most sizes, the sizes that it then
-        takes, the trace, timm's index of each level, and the extractor.
-    """
-    info = getattr(source, "feature_info", ())
-    indices = [i for i, level in enumerate(info) if level["module"]]
-    if not indices:
-        raise ValueError(f"model_name={model_name!r} has no feature maps: it cannot be a backbone")
-    trials = [{**switch, **kwargs} for switch in SIZE_SWITCHES]
-    variants = [
-        functools.partial(_create_extractor, model_name, "meta", indices, **trial)
-        for trial in trials
-    ]
-    try:
-        sizes, chosen, extractor, found = find_size_rule(
-            variants, _native_size(source, kwargs), kwargs["in_chans"]
-        )
-    except ValueError as error:
-        raise ValueError(f"model_name={model_name!r} cannot be a backbone: {error}") from error
-    return trials[chosen], sizes, found, indices, extractor
-
-
-def _native_size(source: nn.Module, kwargs: dict[str, Any]) -> int:
-    """The N of the N x N images that a model is built for."""
-    return kwargs.get("img_size") or source.pretrained_cfg["input_size"][-1]
-
-
-def _patch_kwargs(model_name: str, patch_size: int, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Arguments for another patch size on the grid of patches that the model was trained with."""
-    source = _create(model_name, "meta", **kwargs)
-    own = getattr(getattr(source, "patch_embed", None), "patch_size", None)
-    if own is None:
-        raise ValueError(f"patch_size={patch_size} needs a ViT, and {model_name} has no patches")
-    grid = _native_size(source, {}) // own[0]
-    return {"patch_size": patch_size, "img_size": grid * patch_size, **kwargs}
-
-
-def _source_names(extractor: nn.Module, source: nn.Module) -> dict[str, str]:
-    """The extractor's module, parameter and buffer names to those of the classification model.
-
-    timm's extractors put ``model.`` or ``body.`` before a name or write its first dots as
-    underscores.
-    """
-    flat = {name.replace(".", "_"): name for name in _names(source)}
-    names = {name: re.sub(r"^(model|body)\.", "", name) for name in _names(extractor)}
-    return {own: flat.get(name.replace(".", "_"), name) for own, name in names.items()}
-
-
-def _names(model: nn.Module) -> list[str]:
-    return [*(name for name, _ in model.named_modules()), *model.state_dict()]
-
-
 def _checked_indices(
     out_indices: Sequence[int], valid: Sequence[int], model_name: str
 ) -> list[int]:
@@ -317,12 +209,12 @@ def _checked_indices(
 
 def pixel_mean(model_name: str) -> list[float]:
     """Mean of the images that a timm model was trained on, RGB, in the range 0 to 255."""
-    return [255 * value for value in _create(model_name, "meta").pretrained_cfg["mean"]]
+    return [255 * value for value in create(model_name, "meta").pretrained_cfg["mean"]]
 
 
 def pixel_std(model_name: str) -> list[float]:
     """Standard deviation that goes with :func:`pixel_mean`."""
-    return [255 * value for value in _create(model_name, "meta").pretrained_cfg["std"]]
+    return [255 * value for value in create(model_name, "meta").pretrained_cfg["std"]]
 
 
 @BACKBONE_REGISTRY.register()

@@ -17,7 +17,7 @@ from torchvision.ops import StochasticDepth
 from .checkpoint import downloading
 from .feature_backbone import FeatureBackbone, plain_dict, select_levels
 from .freeze import NO_PREFIX, frozen_prefix
-from .levels import measure_shape, meta_state, trace
+from .levels import measure_shape, meta_state, run_on_meta, trace
 from .messages import nearest, one_of
 from .norm import NORMS
 from .pyramid import build_yacs_pyramid
@@ -217,9 +217,7 @@ def _run_all(model: nn.Module, size: tuple[int, int]) -> dict[str, Any]:
         model, train_return_nodes=nodes[:1], eval_return_nodes=nodes, tracer_kwargs=_TRACER
     )
     extractor.eval()
-    with torch.no_grad():
-        x = torch.empty(2, 3, *size, device="meta")
-        return torch.func.functional_call(extractor, meta_state(extractor), (x,))
+    return run_on_meta(extractor, meta_state(extractor), (2, 3, *size))
 
 
 def _size_kwargs(model_name: str, img_size: int) -> dict[str, Any]:

@@ -14,40 +14,50 @@ from torch import nn
 
 
 class Toy(nn.Module):
-    """A level of the given stride; takes multiples of ``divisor``, or one size, or any."""
+    """A level of the given stride; takes multiples of ``divisor``, or one size, or any size, and
+    may resize every image to as many rows.
+    """
 
-    def __init__(self, stride, divisor=1, only=None, padding=0):
+    def __init__(self, stride, kernel=0, divisor=1, only=None, rows=0):
         super().__init__()
-        self.conv = nn.Conv2d(3, 4, stride, stride, padding)
-        self.divisor, self.only = divisor, only
+        self.conv = nn.Conv2d(3, 4, kernel or stride, stride, kernel // 2)
+        self.divisor, self.only, self.rows = divisor, only, rows * stride
 
     def forward(self, x):
         h, w = x.shape[-2:]
         if h % self.divisor or w % self.divisor or self.only not in (None, h):
             raise RuntimeError(f"no images of {h}x{w}")
+        if self.rows:
+            x = F.interpolate(x, (self.rows, self.rows))
         return [self.conv(x)]
 
 
 @pytest.mark.parametrize(
-    "toy, native, rule",
+    "toy, native, rule, stride",
     [
-        (dict(stride=8), 224, SizeRule(8)),
-        (dict(stride=14, divisor=14), 518, SizeRule(14)),
-        (dict(stride=32, divisor=224), 224, SizeRule(224)),
-        (dict(stride=32, divisor=64), 256, SizeRule(64)),
-        (dict(stride=32, divisor=96), 384, SizeRule(96)),
-        (dict(stride=16, only=240), 240, SizeRule(240, 240)),
-        (dict(stride=15), 224, SizeRule(224, 224)),  # 14 x 14
-        (dict(stride=15), 230, SizeRule(16, resample=True)),  # 15 x 15
+        (dict(stride=8), 224, SizeRule(8), 8),
+        (dict(stride=32, kernel=3), 240, SizeRule(32), 32),  # 8 rows at 240, and not of stride 30
+        (dict(stride=14, divisor=14), 518, SizeRule(14), 14),
+        (dict(stride=32, divisor=224), 224, SizeRule(224), 32),
+        (dict(stride=32, divisor=64), 256, SizeRule(64), 32),
+        (dict(stride=32, divisor=96), 384, SizeRule(96), 32),
+        (dict(stride=16, only=240), 240, SizeRule(240, 240), 16),
+        (dict(stride=15), 230, SizeRule(16, resample=True), 16),
+        (dict(stride=16, rows=14), 230, SizeRule(240, 240, resample=True), 16),
     ],
 )
-def test_find_size_rule(toy, native, rule):
-    found, index, model, trace = find_size_rule([lambda: Toy(**toy)], native)
-    assert (found, index) == (rule, 0) and isinstance(model, Toy)
-    assert [level.stride for level in trace.levels] == [2 ** round(math.log2(toy["stride"]))] or (
-        trace.levels[0].stride == toy["stride"] == 14
-    )
-    assert trace.levels[0].resampled is rule.resample
+def test_find_size_rule(toy, native, rule, stride):
+    found, index, trace = find_size_rule([lambda: Toy(**toy)], native)
+    assert (found, index) == (rule, 0)
+    (level,) = trace.levels
+    assert (level.stride, level.resampled) == (stride, rule.resample)
+
+
+def test_strides_that_are_no_powers_of_two():
+    assert find_size_rule([lambda: Toy(12)], 240)[0] == SizeRule(12)
+    rule, _, trace = find_size_rule([lambda: Toy(12)], 240, odd_strides=False)
+    assert rule == SizeRule(16, resample=True)
+    assert trace.levels[0].stride == 16 and trace.levels[0].resampled
 
 
 def test_the_variant_that_takes_most_sizes():
@@ -142,7 +152,9 @@ def test_images_are_padded_to_the_only_size():
 
 
 def test_a_rule_is_that_of_the_levels_asked_for():
-    assert TimmBackbone("resnet18", out_features=["res2"]).size_divisibility == 4
+    backbone = TimmBackbone("resnet18", out_features=["res2"])
+    assert backbone.size_divisibility == 4
+    assert backbone(images(1, 3, 45, 30))["res2"].shape == (1, 64, 12, 8)  # as ResNet rounds
     backbone = TimmBackbone("hrnet_w18_small", out_features=["res2"]).eval()
     size = backbone.size_divisibility
     assert backbone(images(1, 3, 7 * size, 9 * size))["res2"].shape[-1] == 9 * size // 4
