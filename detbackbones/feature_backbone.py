@@ -259,9 +259,15 @@ def _drop_unused(extractor: nn.Module, measured: Trace, in_channels: int, sizes:
             extractor.set_submodule(name, module)
         return False
 
-    if unused and not runs_without(unused, lambda _: nn.Identity()):
-        for name in unused:
-            runs_without([name], lambda _: nn.Identity()) or runs_without([name], Stub)
+    def drop(names: list[str]) -> None:
+        if not names or runs_without(names, lambda _: nn.Identity()):
+            return
+        for name in names:
+            if not (runs_without([name], lambda _: nn.Identity()) or runs_without([name], Stub)):
+                children = extractor.get_submodule(name).named_children()
+                drop([f"{name}.{key}" for key, child in children if [*child.parameters()]])
+
+    drop(unused)
     for name, parameter in list(extractor.named_parameters()):
         if name not in measured.needed:
             parameter.requires_grad_(False)
