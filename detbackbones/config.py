@@ -54,6 +54,8 @@ def add_backbone_config(cfg: CfgNode) -> None:
     cfg.MODEL.TIMM.OUT_FEATURES = []
     cfg.MODEL.TIMM.NORM = "FrozenBN"
     cfg.MODEL.TIMM.OUTPUT_STRIDE = 0
+    cfg.MODEL.TIMM.IMG_SIZE = 0
+    cfg.MODEL.TIMM.PATCH_SIZE = 0
     cfg.MODEL.TIMM.DROP_PATH_RATE = 0.0
     cfg.MODEL.TORCHVISION = CfgNode()
     cfg.MODEL.TORCHVISION.MODEL_NAME = "resnet50"

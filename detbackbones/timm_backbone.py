@@ -161,6 +161,8 @@ class TimmBackbone(FeatureBackbone):
             "norm": timm_cfg.NORM,
             "freeze_at": cfg.MODEL.BACKBONE.FREEZE_AT,
             "output_stride": timm_cfg.OUTPUT_STRIDE or None,
+            "img_size": timm_cfg.IMG_SIZE or None,
+            "patch_size": timm_cfg.PATCH_SIZE or None,
             "drop_path_rate": timm_cfg.DROP_PATH_RATE or None,
         }
 

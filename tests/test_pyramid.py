@@ -353,6 +353,18 @@ def test_yacs_builders(name, levels):
     assert list(run(backbone)[0]) == levels
 
 
+def test_yacs_image_and_patch_size():
+    cfg = yacs(
+        "build_timm_fpn_backbone",
+        MODEL__TIMM__MODEL_NAME="vit_tiny_patch16_224",
+        MODEL__TIMM__IMG_SIZE=64,
+        MODEL__TIMM__PATCH_SIZE=8,
+    )
+    backbone = build_backbone(cfg, ShapeSpec(channels=3)).bottom_up
+    assert backbone.output_shape()["res3"].stride == 8
+    assert backbone.state_dict()["model.pos_embed"].shape == (1, 1 + 8 * 8, 192)
+
+
 def test_yacs_keys_reach_the_backbone():
     cfg = yacs(
         "build_timm_fpn_backbone",
