@@ -173,9 +173,12 @@ def page(rows: list[dict[str, Any]]) -> str:
         "model must do to pass is said at the top of that program.",
         tabulate(totals, ("", *sources), "pipe"),
         "Levels are given by their strides. A level is resampled (bilinearly) where the model's "
-        "own map is no whole fraction of the image. Sizes: images of any size are padded to the "
-        "coarsest stride; else to multiples of the given number of pixels, or to a square, and "
-        "larger images are refused. The neck is what `build_pyramid` makes: p2 to p6.",
+        "own map is no whole fraction of the image, or of one that is no power of two. Images of "
+        "any size are padded to multiples of the coarsest stride; else to multiples of the number "
+        "given, or to a square, and larger images are refused: *or img_size* where the model can "
+        "be built for a larger square by that argument, *only* where it cannot. The neck is what "
+        "`build_pyramid` makes: p2 to p6. The levels of models of more than 10 million "
+        "parameters are not compared with the source model's unless `--max-params` is raised.",
     ]
     for source in sources:
         families = {}
