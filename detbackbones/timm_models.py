@@ -112,6 +112,9 @@ def size_switch(
     """
     source = create(model_name, "meta", **kwargs)
     found = all_levels(model_name, **{k: v for k, v in kwargs.items() if k != "output_stride"})
+    at_native = [found.trace.shapes[found.indices.index(i)] for i in indices]
+    if "output_stride" in kwargs:
+        at_native = []
     trials = [{**switch, **kwargs} for switch in SIZE_SWITCHES]
     variants = [
         functools.partial(create_extractor, model_name, "meta", indices, layers, **trial)
@@ -124,7 +127,7 @@ def size_switch(
             kwargs["in_chans"],
             # patch_size changes a ViT's stride; nothing changes that of other models
             odd_strides=patch_size_of(source) is not None,
-            at_native=[found.trace.shapes[found.indices.index(i)] for i in indices],
+            at_native=at_native,
         )
     except ValueError as error:
         raise ValueError(f"model_name={model_name!r} cannot be a backbone: {error}") from error

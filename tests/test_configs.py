@@ -18,7 +18,7 @@ from omegaconf import OmegaConf
 BOTTOM_UP = "model.backbone.bottom_up"
 STUFF = 54  # classes of the heads for COCO's stuff
 
-# What takes the place of a config's backbone: the first prefix of its file's name that fits.
+# What takes the place of a config's backbone: the first that is in its file's name.
 TINY = {
     "torchvision": [
         f"{BOTTOM_UP}.model_name=mobilenet_v3_small",
@@ -73,7 +73,7 @@ def load(tiny, datasets, tmp_path):
     def load_small(name, *words):
         cfg = get_config(name)
         file = name.rpartition("/")[2]
-        words = words or next(w for prefix, w in TINY.items() if file.startswith(prefix))
+        words = words or next(w for part, w in TINY.items() if part in file)
         apply_overrides(cfg, list(words))
         apply_overrides(
             cfg,

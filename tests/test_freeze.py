@@ -142,7 +142,9 @@ def test_batch_norm_of_the_prefix_is_fixed(backbone_class, name):
             DropPath,
         ),
         (
-            lambda: TorchvisionBackbone("convnext_tiny", freeze_at=3),
+            lambda: TorchvisionBackbone(
+                "convnext_tiny", freeze_at=3, model_kwargs={"stochastic_depth_prob": 0.5}
+            ),
             torchvision.ops.StochasticDepth,
         ),
     ],
