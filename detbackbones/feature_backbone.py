@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_map
 from .freeze import NO_PREFIX, Prefix, freeze, frozen_prefix
 from .layers import LayerExtractor, check_layers
 from .levels import Trace, output_list, trace
-from .messages import nearest
+from .messages import nearest, whole_number
 from .norm import convert_norm
 from .sizes import ANY_SIZE, SizeRule, find_size_rule
 
@@ -136,9 +136,12 @@ class FeatureBackbone(Backbone):
             ValueError: if a layer does not exist or gives no feature map, or an argument is out of
                 range.
         """
+        whole_number("in_channels", in_channels)
+        whole_number("img_size", img_size)
         names = check_layers(module, layers, (img_size, img_size), in_channels)
         extractor = LayerExtractor(copy.deepcopy(module), names)
         sizes, _, measured = find_size_rule([lambda: extractor], img_size, in_channels)
+        prefix = frozen_prefix(measured, freeze_at, {})
         finest = min(level.exponent for level in measured.levels)
         if 0 < freeze_at < finest:
             raise ValueError(
@@ -152,7 +155,7 @@ class FeatureBackbone(Backbone):
             sizes=sizes,
             measured=measured,
             norm=norm,
-            prefix=frozen_prefix(measured, freeze_at, {}),
+            prefix=prefix,
             source_keys={f"model.{key}": key for key in module.state_dict()},
             source_names=module.state_dict(),
         )

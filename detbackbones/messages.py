@@ -13,6 +13,16 @@ def nearest(value: object, valid: Iterable[str], most: int = 8) -> str:
     return f"the nearest are {', '.join(map(repr, close))}" if close else "no name is near it"
 
 
+def whole_number(parameter: str, value: object) -> None:
+    """Refuse what is no whole number from 1.
+
+    Raises:
+        ValueError: with one sentence that names parameter and value.
+    """
+    if not isinstance(value, int) or value < 1:
+        raise ValueError(f"{parameter}={value!r} must be a whole number from 1")
+
+
 def one_of(parameter: str, value: object, valid: Iterable[str], hint: str = "") -> None:
     """Refuse a value that is not among the valid ones.
 

@@ -85,12 +85,15 @@ def find_size_rule(
     Raises:
         ValueError: if no variant gives feature maps, with the first variant's reason.
     """
-    models: dict[int, nn.Module | Exception] = {}
+    models: dict[int, nn.Module | None] = {}  # None for what cannot be built
     failures: list[Exception] = []
 
     def attempt(index: int, rule: SizeRule) -> Trace | None:
+        if index in models and models[index] is None:
+            return None
         try:
             if index not in models:
+                models[index] = None
                 models[index] = variants[index]()
             found = trace(models[index], in_channels, rule.probe, rule.resample)
             if rule.resample and not rule.img_size:

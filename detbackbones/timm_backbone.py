@@ -16,7 +16,7 @@ from .feature_backbone import FeatureBackbone, plain_dict, select_levels
 from .freeze import frozen_prefix, renamed_prefix
 from .layers import check_layers
 from .levels import last_of_each_stride
-from .messages import one_of
+from .messages import one_of, whole_number
 from .norm import NORMS, norm_from_layer
 from .pyramid import build_yacs_pyramid
 from .timm_models import (
@@ -88,8 +88,7 @@ class TimmBackbone(FeatureBackbone):
         """
         if not features_only:
             raise ValueError("features_only=False is not possible: a backbone gives feature maps")
-        if not isinstance(in_channels, int) or in_channels < 1:
-            raise ValueError(f"in_channels={in_channels!r} must be a whole number from 1")
+        whole_number("in_channels", in_channels)
         asked = {"out_features": out_features, "out_indices": out_indices, "layers": layers}
         asked = [f"{key}={value}" for key, value in asked.items() if value is not None]
         if len(asked) > 1:
@@ -104,8 +103,10 @@ class TimmBackbone(FeatureBackbone):
         if drop_path_rate is not None:
             kwargs["drop_path_rate"] = drop_path_rate
         if img_size is not None:
+            whole_number("img_size", img_size)
             kwargs["img_size"] = img_size
         if patch_size is not None:
+            whole_number("patch_size", patch_size)
             kwargs |= patch_kwargs(model_name, patch_size, kwargs)
         found = all_levels(model_name, **kwargs)
         prefix = frozen_prefix(found.trace, freeze_at, found.names)

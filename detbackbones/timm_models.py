@@ -32,6 +32,7 @@ class TimmLevels:
 
     Attributes:
         native: the N of the N x N images that the model is built for.
+        patch_size: of a ViT, None for other models.
         trace: of timm's extractor of all levels, for such an image; strides are powers of two.
         indices: timm's index of each level of the trace.
         names: the extractor's modules, parameters and buffers to their names in the model.
@@ -39,6 +40,7 @@ class TimmLevels:
     """
 
     native: int
+    patch_size: int | None
     trace: Trace
     indices: list[int]
     names: dict[str, str]
@@ -86,8 +88,14 @@ def all_levels(model_name: str, **kwargs: Any) -> TimmLevels:
         except Exception as error:  # a model may refuse in any way
             failures.append(error)
             continue
-        names = source_names(extractor, source)
-        return TimmLevels(native, found, indices, names, frozenset(source.state_dict()))
+        return TimmLevels(
+            native,
+            patch_size_of(source),
+            found,
+            indices,
+            source_names(extractor, source),
+            frozenset(source.state_dict()),
+        )
     reason = str(failures[0]).partition("\n")[0]
     raise ValueError(f"model_name={model_name!r} cannot be a backbone: {reason}") from failures[0]
 
@@ -110,7 +118,6 @@ def size_switch(
     Raises:
         ValueError: if there are no such arguments.
     """
-    source = create(model_name, "meta", **kwargs)
     found = all_levels(model_name, **{k: v for k, v in kwargs.items() if k != "output_stride"})
     at_native = [found.trace.shapes[found.indices.index(i)] for i in indices]
     if "output_stride" in kwargs:
@@ -126,7 +133,7 @@ def size_switch(
             found.native,
             kwargs["in_chans"],
             # patch_size changes a ViT's stride; nothing changes that of other models
-            odd_strides=patch_size_of(source) is not None,
+            odd_strides=found.patch_size is not None,
             at_native=at_native,
         )
     except ValueError as error:

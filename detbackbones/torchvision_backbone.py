@@ -18,7 +18,7 @@ from .checkpoint import downloading
 from .feature_backbone import FeatureBackbone, plain_dict, select_levels
 from .freeze import NO_PREFIX, frozen_prefix
 from .levels import measure_shape, meta_state, run_on_meta, trace
-from .messages import nearest, one_of
+from .messages import nearest, one_of, whole_number
 from .norm import NORMS
 from .pyramid import build_yacs_pyramid
 from .sizes import ANY_SIZE, SizeRule
@@ -80,13 +80,15 @@ class TorchvisionBackbone(FeatureBackbone):
 
         kwargs = plain_dict(model_kwargs)
         if img_size is not None:
+            whole_number("img_size", img_size)
             kwargs |= _size_kwargs(model_name, img_size)
         with downloading(model_name), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*initialization of .* will be changed")
             try:
                 source = torchvision.models.get_model(model_name, weights=weights, **kwargs)
-            except (TypeError, ValueError) as error:
-                raise ValueError(f"model_name={model_name!r} cannot be built: {error}") from error
+            except (AssertionError, TypeError, ValueError) as error:
+                reason = str(error).partition("\n")[0]
+                raise ValueError(f"model_name={model_name!r} cannot be built: {reason}") from error
         source_names = source.state_dict()
         if isinstance(source, VisionTransformer) and return_nodes is None:
             source = VisionTransformerFeatures(source)

@@ -197,6 +197,8 @@ def test_from_module():
         ({"layers": ["classifier"]}, r"layers='classifier' gives \(2, 10\), not one feature map"),
         ({"layers": ["stage2"], "freeze_at": 2}, "freeze_at=2 needs a level of stride 4 or less"),
         ({"layers": ["stage2"], "freeze_at": 7}, "freeze_at=7 is out of range"),
+        ({"layers": ["stage2"], "freeze_at": "2"}, "freeze_at='2' is out of range"),
+        ({"layers": ["stage2"], "img_size": 0}, "img_size=0 must be a whole number from 1"),
         ({"layers": ["stage2"], "norm": "GN"}, "norm='GN' is unknown"),
     ],
 )

@@ -213,6 +213,8 @@ def test_patch_size_keeps_the_grid_of_positions():
 @pytest.mark.parametrize(
     "arguments, message",
     [
+        ({"model_name": "vit_tiny_patch16_224", "patch_size": 0}, "patch_size=0 must be a whole"),
+        ({"model_name": "vit_tiny_patch16_224", "img_size": "64"}, "img_size='64' must be a whole"),
         ({"model_name": "resnet18", "patch_size": 16}, "patch_size=16 needs a ViT, and resnet18"),
         ({"model_name": "resnet18", "img_size": 256}, "'resnet18' cannot be built: .*img_size"),
     ],
@@ -225,5 +227,9 @@ def test_arguments_without_meaning(arguments, message):
 def test_torchvision_img_size():
     with torch.device("meta"):
         assert TorchvisionBackbone("maxvit_t", img_size=448).img_size == 448
+    with pytest.raises(ValueError, match="img_size=0 must be a whole number from 1"):
+        TorchvisionBackbone("maxvit_t", img_size=0)
+    with pytest.raises(ValueError, match="'vit_b_16' cannot be built: .* patch size"):
+        TorchvisionBackbone("vit_b_16", img_size=300)
     with pytest.raises(ValueError, match="img_size=448 has no meaning for resnet18"):
         TorchvisionBackbone("resnet18", img_size=448)
