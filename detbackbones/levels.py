@@ -1,7 +1,8 @@
 """Levels (feature maps) and how they are measured: one forward pass on the meta device."""
 
 import math
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -70,7 +71,9 @@ class Trace:
         needed: names of the parameters on which some level's values depend.
         overwrites: how many operations in place change what some level's values depend on.
         modules: name of each submodule that was called (``""`` is the module itself), and the index
-            of its last operation.
+            of its last operation; infinity for one that did not return.
+        followed_by: name of each submodule without submodules that ran once and whose one output
+            nothing but the run of another read, and the name of that other.
     """
 
     levels: list[Level]
@@ -78,7 +81,8 @@ class Trace:
     parameters: dict[str, int]
     needed: frozenset[str]
     overwrites: int
-    modules: dict[str, int]
+    modules: dict[str, float]
+    followed_by: dict[str, str]
 
 
 def output_list(outputs) -> list[torch.Tensor]:
@@ -188,6 +192,61 @@ class _OperationLog(TorchDispatchMode):
         return found, overwrites
 
 
+@dataclass
+class _Run:
+    """One run of a submodule: the indices of its operations, what it was given and what it gave."""
+
+    name: str
+    inputs: list[torch.Tensor]
+    start: int
+    end: float = math.inf
+    outputs: list[torch.Tensor] = field(default_factory=list)
+
+
+def _followed_by(
+    module: nn.Module, runs: list[_Run], log: _OperationLog, outputs: list[torch.Tensor]
+) -> dict[str, str]:
+    """See :class:`Trace`.
+
+    Args:
+        module: what ran.
+        runs: of its submodules, in the order in which they began.
+        log: of the operations.
+        outputs: of the module.
+    """
+    count = Counter(run.name for run in runs)
+    reads: dict[int, list[int]] = {}
+    for index, (read, _, _) in enumerate(log.memory):
+        for address in read:
+            reads.setdefault(address, []).append(index)
+    takers: dict[int, list[_Run]] = {}
+    for run in runs:
+        for tensor in run.inputs:
+            takers.setdefault(id(tensor), []).append(run)
+    given = {_address(tensor) for tensor in outputs}
+
+    found = {}
+    for run in runs:
+        if count[run.name] > 1 or len(run.outputs) != 1 or run.end < run.start:
+            continue
+        (output,) = run.outputs
+        if any(module.get_submodule(run.name).children()) or _address(output) in given:
+            continue
+        # What takes it is a sequence of modules each in the one before it; of these the innermost.
+        # One that has nothing to do in eval mode, a dropout, is none of them.
+        *outer, taker = takers.get(id(output), [run])
+        within = all(other.start <= taker.start and taker.end <= other.end for other in outer)
+        indices = [index for index in reads.get(_address(output), []) if index > run.end]
+        if (
+            within
+            and taker is not run
+            and count[taker.name] == 1
+            and all(taker.start <= index <= taker.end for index in indices)
+        ):
+            found[run.name] = taker.name
+    return found
+
+
 def _tensors(tree) -> list[torch.Tensor]:
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
 
@@ -221,13 +280,21 @@ def trace(
     """
     meta = meta_state(module)
     log = _OperationLog()
-    finished: dict[str, int] = {}
-    hooks = [
-        child.register_forward_hook(
-            lambda *_, name=name: finished.update({name: len(log.memory) - 1})
-        )
-        for name, child in module.named_modules()
-    ]
+    runs: list[_Run] = []
+
+    def begin(name: str, inputs: tuple) -> None:
+        runs.append(_Run(name, _tensors(inputs), len(log.memory)))
+
+    def finish(name: str, output: Any) -> None:
+        run = next(run for run in reversed(runs) if run.name == name and run.end == math.inf)
+        run.end, run.outputs = len(log.memory) - 1, _tensors(output)
+
+    hooks = []
+    for name, child in module.named_modules():
+        hooks += [
+            child.register_forward_pre_hook(lambda _, inputs, name=name: begin(name, inputs)),
+            child.register_forward_hook(lambda _, inputs, output, name=name: finish(name, output)),
+        ]
     modes = [(child, child.training) for child in module.modules()]
     module.eval()
     try:
@@ -261,7 +328,8 @@ def trace(
         },
         frozenset(name for name in names if _address(meta[name]) in sources),
         overwrites,
-        finished,
+        {run.name: run.end for run in runs},
+        _followed_by(module, runs, log, outputs),
     )
 
 
