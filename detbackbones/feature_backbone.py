@@ -4,6 +4,7 @@ import copy
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,11 +14,13 @@ from omegaconf import OmegaConf
 from torch import nn
 from torch.utils._pytree import tree_map
 
+from .fold import fold_norms
 from .freeze import NO_PREFIX, Prefix, freeze, frozen_prefix
+from .grad_checkpointing import plan_checkpoints
 from .layers import LayerExtractor, check_layers
 from .levels import Trace, output_list, trace
 from .messages import nearest, whole_number
-from .norm import convert_norm
+from .norm import convert_norm, is_batch_norm
 from .sizes import ANY_SIZE, SizeRule, find_size_rule
 
 
@@ -64,6 +67,10 @@ class FeatureBackbone(Backbone):
         measured: Trace | None = None,
         norm: str = "",
         prefix: Prefix = NO_PREFIX,
+        fold: bool = True,
+        channels_last: bool | None = None,
+        compile: bool = False,
+        grad_checkpointing: bool = False,
         source_keys: Mapping[str, str] | None = None,
         source_names: Iterable[str] = (),
     ):
@@ -77,22 +84,45 @@ class FeatureBackbone(Backbone):
             measured: a trace of it with ``sizes``, if there is one already.
             norm: see :func:`detbackbones.norm.convert_norm`.
             prefix: the part to freeze, see :func:`detbackbones.freeze.frozen_prefix`.
+            fold: make frozen batch norm a part of the convolution before it, see
+                :func:`detbackbones.fold.fold_norms`.
+            channels_last: the memory format of the maps; None is for where it was measured to help,
+                on a CPU in models with batch norm.
+            compile: pass the extractor through ``torch.compile``.
+            grad_checkpointing: compute maps again in the backward pass instead of keeping them.
             source_keys: names of the extractor's parameters and buffers to their names in the
                 source model, where these differ.
             source_names: keys of the source model's whole state dict; when they are given, weights
                 of a deeper model of its family are refused.
         """
         super().__init__()
+        if compile and grad_checkpointing:
+            raise ValueError("compile=True and grad_checkpointing=True cannot be had together")
         if measured is None:
             measured = trace(extractor, in_channels, sizes.probe, sizes.resample)
         _drop_unused(extractor, measured, in_channels, sizes)
+        probe = sizes.probe
         step = math.lcm(*(level.stride for level in measured.levels))
         if step % sizes.divisor == 0 and not sizes.img_size:
             sizes = replace(sizes, divisor=1)  # nothing to refuse beyond what the strides say
         self.model = convert_norm(extractor, norm)
         self._eval_modules = freeze(self.model, prefix)
+        if norm == "FrozenBN":  # what is a batch norm still is of no class that we can replace
+            modules = self.model.named_modules()
+            self._eval_modules += [name for name, module in modules if is_batch_norm(module)]
+        if fold:
+            size, multiple = [n // 2 for n in probe], math.lcm(step, sizes.divisor)
+            if sizes.img_size or any(n % multiple for n in size):
+                size = probe
+            fold_norms(self.model, measured.followed_by, (1, in_channels, *size))
+        self._channels_last = channels_last
+        self._channels_last_on_cpu = _gains_from_channels_last(self.model)
+        if compile:
+            self.model.compile(dynamic=True)
         self._source_keys = {k: v for k, v in (source_keys or {}).items() if k != v}
         self._source_names = frozenset(source_names)
+        first_use = measured.parameters
+        self.execution_order = [f"model.{name}" for name in sorted(first_use, key=first_use.get)]
         self.register_state_dict_post_hook(_rename_saved)
         self.register_load_state_dict_pre_hook(_rename_loaded)
 
@@ -104,6 +134,9 @@ class FeatureBackbone(Backbone):
         self._out_feature_strides = {n: level.stride for n, (_, level) in levels}
         self._sizes = sizes
         self.train()
+        self._checkpoints = None
+        if grad_checkpointing:
+            self._checkpoints = plan_checkpoints(self.model, in_channels, probe)
 
     @staticmethod
     def from_module(
@@ -173,7 +206,13 @@ class FeatureBackbone(Backbone):
         """
         size = tuple(x.shape[-2:])
         self._sizes.check(size)
-        outputs = output_list(self.model(x))
+        channels_last = self._channels_last
+        if channels_last is None:
+            channels_last = x.is_cpu and self._channels_last_on_cpu
+        if channels_last:
+            x = x.contiguous(memory_format=torch.channels_last)
+        run = partial(self._checkpoints.run, self.model) if self._checkpoints else self.model
+        outputs = output_list(run(x))
         return {
             name: level.feature_map(outputs[i], size) for name, (i, level) in self._levels.items()
         }
@@ -232,6 +271,33 @@ class FeatureBackbone(Backbone):
         # timm and torchvision count batches, but nothing depends on it
         wanting = [k for k in own if k not in fit and not k.endswith("num_batches_tracked")]
         return len(fit), wanting
+
+    def parameter_depths(self) -> dict[str, int] | None:
+        """How many layers of the source model follow each parameter; None if it does not say.
+
+        See :func:`detbackbones.optim.parameter_depths`.
+        """
+        return None
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of the parameters that the source model exempts from weight decay."""
+        return set()
+
+
+def _gains_from_channels_last(model: nn.Module) -> bool:
+    """Whether a model was measured to be faster on a CPU with its maps in channels-last order.
+
+    Models with batch norm are, others are as fast either way. In this order the gradient of the
+    weight of a 1x1 convolution with a stride and less than 16 input channels is computed with
+    memory beyond its own (oneDNN 3.12): models that have one (RepVGG) are left as they are.
+    """
+    if not any(hasattr(module, "running_var") for module in model.modules()):
+        return False
+    return not any(
+        module.kernel_size == (1, 1) != module.stride and module.in_channels < 16 * module.groups
+        for module in model.modules()
+        if isinstance(module, nn.Conv2d)
+    )
 
 
 def _drop_unused(extractor: nn.Module, measured: Trace, in_channels: int, sizes: SizeRule) -> None:

@@ -3,13 +3,14 @@
 import logging
 import sys
 from collections.abc import Mapping, Sequence
+from fnmatch import fnmatch
 from typing import Any
 
 import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, Backbone
-from timm.models._manipulate import adapt_input_conv
+from timm.models._manipulate import adapt_input_conv, group_with_matcher
 
 from .checkpoint import load_backbone_checkpoint
 from .feature_backbone import FeatureBackbone, plain_dict, select_levels
@@ -48,6 +49,10 @@ class TimmBackbone(FeatureBackbone):
         layers: Sequence[str] | Mapping[str, str] | None = None,
         norm: str = "",
         freeze_at: int = 0,
+        fold: bool = True,
+        channels_last: bool | None = None,
+        compile: bool = False,
+        grad_checkpointing: bool = False,
         output_stride: int | None = None,
         img_size: int | None = None,
         patch_size: int | None = None,
@@ -71,6 +76,12 @@ class TimmBackbone(FeatureBackbone):
                 mapping from these to level names.
             norm: batch norm ``""`` as in the model, ``"FrozenBN"``, ``"SyncBN"`` or ``"BN"``.
             freeze_at: 0 nothing, 1 the stem, 2 up to and including ``res2``, ... 5 all.
+            fold: make frozen batch norm a part of the convolution before it; see ``fold_norms``.
+            channels_last: the memory format of the maps; None is for where it was measured to help,
+                on a CPU in models with batch norm.
+            compile: run the model through ``torch.compile``.
+            grad_checkpointing: compute maps again in the backward pass instead of keeping them:
+                less memory, more time.
             output_stride: 8, 16 or 32; dilate the late stages to keep it, in models that can.
             img_size: build the model for images of this size, in models that are built for one.
                 Most take others too; those that do not take images up to this size.
@@ -141,6 +152,10 @@ class TimmBackbone(FeatureBackbone):
             measured=measured,
             norm=norm,
             prefix=prefix,
+            fold=fold,
+            channels_last=channels_last,
+            compile=compile,
+            grad_checkpointing=grad_checkpointing,
             source_keys=names,
             source_names=found.keys,
         )
@@ -192,6 +207,34 @@ class TimmBackbone(FeatureBackbone):
             if key in state and key in own and state[key].shape[1] == 3 != own[key].shape[1]:
                 state = {**state, key: adapt_input_conv(own[key].shape[1], state[key])}
         return super().load_source(state)
+
+    def parameter_depths(self) -> dict[str, int] | None:
+        """The layers that timm's ``group_matcher()`` finds in the classification model.
+
+        What it does not match is of depth 0, with the classifier, as timm has it.
+        """
+        source = create(self.model_name, "meta", **self._kwargs)
+        if not hasattr(source, "group_matcher"):
+            return None
+        names = self._parameters_of_source()
+        keys = {key for key, _ in source.named_parameters()} | set(names.values())
+        if not source.num_classes:  # or the last block would have the classifier's place
+            keys.add("(classifier)")
+        matcher = source.group_matcher(coarse=False)
+        layers = group_with_matcher(((key, key) for key in keys), matcher, reverse=True)
+        return {name: max(layers.values()) - layers[key] for name, key in names.items()}
+
+    def no_weight_decay(self) -> set[str]:
+        """What timm's ``no_weight_decay()`` names, or matches by a pattern."""
+        source = create(self.model_name, "meta", **self._kwargs)
+        patterns = source.no_weight_decay() if hasattr(source, "no_weight_decay") else ()
+        names = self._parameters_of_source()
+        return {name for name, key in names.items() if any(fnmatch(key, p) for p in patterns)}
+
+    def _parameters_of_source(self) -> dict[str, str]:
+        """Names of the parameters to their names in the classification model."""
+        names = [name for name, _ in self.model.named_parameters()]
+        return {f"model.{name}": self._source_keys.get(name, name) for name in names}
 
 
 def _checked_indices(

@@ -9,14 +9,14 @@ import torchvision
 from detectron2.config import CfgNode, configurable
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, Backbone
-from torch import nn
+from torch import fx, nn
 from torchvision.models import VisionTransformer, WeightsEnum
 from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 from torchvision.ops import StochasticDepth
 
 from .checkpoint import downloading
 from .feature_backbone import FeatureBackbone, plain_dict, select_levels
-from .freeze import NO_PREFIX, frozen_prefix
+from .freeze import NO_PREFIX, Prefix, frozen_prefix
 from .levels import measure_shape, meta_state, run_on_meta, trace
 from .messages import nearest, one_of, whole_number
 from .norm import NORMS
@@ -43,6 +43,10 @@ class TorchvisionBackbone(FeatureBackbone):
         out_features: Sequence[str] | None = None,
         norm: str = "",
         freeze_at: int = 0,
+        fold: bool = True,
+        channels_last: bool | None = None,
+        compile: bool = False,
+        grad_checkpointing: bool = False,
         img_size: int | None = None,
         model_kwargs: dict[str, Any] | None = None,
     ):
@@ -58,6 +62,12 @@ class TorchvisionBackbone(FeatureBackbone):
                 ``return_nodes``).
             norm: batch norm ``""`` as in the model, ``"FrozenBN"``, ``"SyncBN"`` or ``"BN"``.
             freeze_at: 0 nothing, 1 the stem, 2 up to and including ``res2``, ... 5 all.
+            fold: make frozen batch norm a part of the convolution before it; see ``fold_norms``.
+            channels_last: the memory format of the maps; None is for where it was measured to help,
+                on a CPU in models with batch norm.
+            compile: run the model through ``torch.compile``.
+            grad_checkpointing: compute maps again in the backward pass instead of keeping them:
+                less memory, more time.
             img_size: build a ViT or MaxViT for images of this size. A ViT takes others too, a
                 MaxViT takes images up to this size.
             model_kwargs: further arguments for ``torchvision.models.get_model``.
@@ -112,17 +122,25 @@ class TorchvisionBackbone(FeatureBackbone):
             kept = list(nodes.values()) if out_features is None else out_features
             kept = select_levels(kept, list(nodes.values()))
             nodes = {node: name for node, name in nodes.items() if name in kept}
+        extractor = _extractor(source, nodes)
         try:
-            super().__init__(
-                _extractor(source, nodes),
-                list(nodes.values()),
-                sizes=sizes,
-                norm=norm,
-                prefix=prefix,
-                source_names=source_names,
-            )
+            measured = trace(extractor, size=sizes.probe, resample=sizes.resample)
         except ValueError as error:
             raise ValueError(f"return_nodes={nodes} cannot be levels: {error}") from error
+        _switch_off_dropout(extractor, prefix)
+        super().__init__(
+            extractor,
+            list(nodes.values()),
+            sizes=sizes,
+            measured=measured,
+            norm=norm,
+            prefix=prefix,
+            fold=fold,
+            channels_last=channels_last,
+            compile=compile,
+            grad_checkpointing=grad_checkpointing,
+            source_names=source_names,
+        )
         self.model_name = model_name
 
     @classmethod
@@ -210,6 +228,19 @@ def _extractor(model: nn.Module, nodes: Mapping[str, str] | list[str]) -> nn.Mod
     if isinstance(model, VisionTransformerFeatures):
         return model
     return create_feature_extractor(model, nodes, tracer_kwargs=_TRACER)
+
+
+def _switch_off_dropout(extractor: nn.Module, prefix: Prefix) -> None:
+    """Dropout that is a function, whose mode is written in the graph, is off in a frozen prefix."""
+    if not isinstance(extractor, fx.GraphModule):
+        return
+    frozen = bool(prefix.modules)
+    for node in extractor.train_graph.nodes:
+        if node.op == "call_module":
+            frozen = node.target in prefix.modules
+        elif frozen and node.kwargs.get("training"):
+            node.update_kwarg("training", False)
+    extractor.recompile()
 
 
 def _run_all(model: nn.Module, size: tuple[int, int]) -> dict[str, Any]:

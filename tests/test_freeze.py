@@ -1,5 +1,7 @@
 """freeze_at freezes what runs before the end of a level: all of it, and nothing after."""
 
+import copy
+
 import pytest
 import timm
 import torch
@@ -169,8 +171,46 @@ def test_dropout_of_the_prefix_is_off():
         assert torch.equal(backbone(x)["res4"], backbone(x)["res4"]) is same
 
 
-def test_a_wholly_frozen_backbone_stays_in_eval_mode():
-    backbone = TimmBackbone("resnet18", freeze_at=5).train()
+@pytest.mark.parametrize(
+    "name, rates",
+    [
+        ("densenet121", {"drop_rate": 0.5}),
+        ("swin_t", {"attention_dropout": 0.5}),
+    ],
+)
+@pytest.mark.parametrize("keeps", ["eval mode", "copy"])
+def test_dropout_that_is_a_function(name, rates, keeps):
+    backbone = TorchvisionBackbone(name, freeze_at=3, model_kwargs=rates)
+    if keeps == "copy":
+        backbone = copy.deepcopy(backbone)
+    x = images(2, 3, 64, 64)
+    for train, same in ((False, True), (True, False)):
+        backbone.train(train)
+        first, second = backbone(x), backbone(x)
+        assert torch.equal(first["res3"], second["res3"])
+        assert torch.equal(first["res4"], second["res4"]) is same
+
+
+@pytest.mark.parametrize("backbone_class, name", CASES)
+def test_the_prefix_runs_without_autograd(backbone_class, name):
+    for freeze_at in (2, 3):
+        backbone = backbone_class(name, freeze_at=freeze_at).train()
+        for level, output in backbone(images(2, 3, 64, 64)).items():
+            assert output.requires_grad is (int(level[3:]) > freeze_at)
+
+
+@pytest.mark.parametrize(
+    "backbone",
+    [
+        lambda: TimmBackbone("resnet18", freeze_at=5),
+        lambda: TimmBackbone("vit_tiny_patch16_224", freeze_at=5),
+        lambda: TimmBackbone("resnet18", freeze_at=5, layers=["layer1.0.conv1", "layer2.0"]),
+        lambda: TorchvisionBackbone("resnet18", freeze_at=5),
+        lambda: TorchvisionBackbone("vit_b_16", freeze_at=5),
+    ],
+)
+def test_a_wholly_frozen_backbone_stays_in_eval_mode(backbone):
+    backbone = backbone().train()
     assert backbone.training
     assert not any(module.training for module in backbone.model.modules())
     assert not any(p.requires_grad for p in backbone.parameters())

@@ -39,7 +39,14 @@ class RawBackbone(Backbone):
     img_size = None
     resampled = ()
 
-    def __init__(self, name: str, out_features: Sequence[str] | None = None, norm="", **kwargs):
+    def __init__(
+        self,
+        name: str,
+        out_features: Sequence[str] | None = None,
+        norm: str = "",
+        fold: bool = False,  # timm folds nothing
+        **kwargs: Any,
+    ):
         super().__init__()
         if out_features is not None:
             kwargs["out_indices"] = [int(level.removeprefix("p")) for level in out_features]
@@ -187,9 +194,9 @@ class Trial:
         with torch.no_grad():
             return model, x, self.source.maps(self.name, model, x)
 
-    def loaded(self, norm: str) -> Backbone:
+    def loaded(self, **kwargs: Any) -> Backbone:
         """The backbone, with real numbers: the weights of the reference."""
-        backbone = self.source.build(self.name, norm=norm)
+        backbone = self.source.build(self.name, **kwargs)
         missing = backbone.load_source(self.reference[0].state_dict())[1]
         if missing:
             raise Violation(f"the source model's weights leave out {some(missing)}")
@@ -421,7 +428,8 @@ def compare_values(trial: Trial, backbone: Backbone) -> None:
 def check_batch_norm(trial: Trial) -> None:
     if not trial.row["batch_norm"]:
         return
-    backbone = trial.loaded("FrozenBN")
+    compare_values(trial, trial.loaded(norm="FrozenBN", fold=False))
+    backbone = trial.loaded(norm="FrozenBN")
     compare_values(trial, backbone)
     norms = {
         flat(f"{name}.{key}")
@@ -429,25 +437,34 @@ def check_batch_norm(trial: Trial) -> None:
         if isinstance(module, _BatchNorm)
         for key in module.state_dict()
     }
-    before = {k: v.clone() for k, v in backbone.state_dict().items() if flat(k) in norms}
-    if not before:
+    before = {key: value.clone() for key, value in backbone.state_dict().items()}
+    frozen = {key for key in before if flat(key) in norms}
+    if not frozen:
         raise Violation("the batch norms of the source model are not in the state dict")
-    optimizer = torch.optim.SGD((p for p in backbone.parameters() if p.requires_grad), lr=1e-3)
+    learning = [p for p in backbone.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(learning, lr=1e-3, weight_decay=0.1)
     size = trial.source.image_size(trial.name)
     if trial.row["points"]["sizes"] == "ok":  # then smaller ones will do
         step = backbone.size_divisibility
         size = (3, *2 * [step * math.ceil(128 / step)])
-    outputs = backbone.train()(torch.randn(2, *size))
-    sum(output.square().mean() for output in outputs.values()).backward()
-    optimizer.step()
+    for _ in range(3):
+        optimizer.zero_grad()
+        outputs = backbone.train()(torch.randn(2, *size))
+        sum(output.square().mean() for output in outputs.values()).backward()
+        torch.nn.utils.clip_grad_norm_(learning, 1.0)
+        optimizer.step()
     after = backbone.state_dict()
-    changed = [key for key, value in before.items() if not torch.equal(value, after[key])]
-    if changed:
-        raise Violation(f"a training step changes {some(changed)}")
+    changed = {key for key, value in before.items() if not torch.equal(value, after[key])}
+    if changed & frozen:
+        raise Violation(f"training changes {some(sorted(changed & frozen))}")
+    moved = {flat(key) for key in changed}
+    kept = [k for k, p in backbone.named_parameters() if p.requires_grad and flat(k) not in moved]
+    if kept:
+        raise Violation(f"training leaves {some(kept)} as it was")
 
 
 def check_weights(trial: Trial) -> None:
-    compare_values(trial, trial.loaded(""))
+    compare_values(trial, trial.loaded())
 
 
 POINTS = {

@@ -1,0 +1,180 @@
+"""Folding of frozen batch norm into the convolution before it: one pass over the maps less."""
+
+import copy
+import math
+import operator
+from collections.abc import Mapping
+
+import torch
+from timm.layers import Conv2dSame
+from timm.layers.padding import pad_same
+from torch import nn
+
+from .levels import output_list
+from .norm import FrozenBatchNorm2d
+
+TOLERANCE = 1e-4  # by which a fold may change a level, relative to the level's largest value
+
+
+class FoldedConv2d(nn.Conv2d):
+    """A convolution and the frozen batch norm after it: ``conv(x, weight * scale) + shift``.
+
+    Weight and bias are the convolution's own, trainable as they are. Where they need no gradient
+    their product with the scale is remembered until one of its factors is written to, until
+    ``train()`` or ``eval()`` is called, or the module is moved. Where they do, it is their output
+    that is scaled if it has fewer numbers than the weight, as in the last stages of small images.
+    """
+
+    def __init__(self, conv: nn.Conv2d, norm: FrozenBatchNorm2d):
+        """
+        Args:
+            conv: shares its parameters.
+            norm: over the output of ``conv``; it remains the owner of its values.
+        """
+        super().__init__(
+            conv.in_channels,
+            conv.out_channels,
+            conv.kernel_size,
+            conv.stride,
+            conv.padding,
+            conv.dilation,
+            conv.groups,
+            padding_mode=conv.padding_mode,
+            device="meta",
+        )
+        self.weight, self.bias = conv.weight, conv.bias
+        self.same = isinstance(conv, Conv2dSame)
+        self._norm = (norm,)  # in a tuple it is no submodule
+        self._forget()
+        self.train(conv.training)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """
+        Args:
+            x: (N, in_channels, H, W).
+        """
+        if self.same:
+            x = pad_same(x, self.kernel_size, self.stride, self.dilation)
+        learns = torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())
+        if learns and not torch.compiler.is_compiling():
+            n, _, h, w = x.shape
+            outputs = n * self.out_channels * h * w // math.prod(self.stride)
+            if outputs < self.weight.numel():
+                return self._norm[0].normalise(self._conv_forward(x, self.weight, self.bias))
+        remembers = not (learns or torch.compiler.is_compiling())
+        weight, bias = self._remember(x.device.type) if remembers else self._product()
+        return self._conv_forward(x, weight, bias)
+
+    def _remember(self, device: str) -> tuple[torch.Tensor, torch.Tensor]:
+        factors = [*self._parameters.values(), *self._norm[0]._buffers.values()]
+        factors = [factor for factor in factors if factor is not None]
+        if any(factor.is_inference() for factor in factors):  # torch does not count their changes
+            return self._product()
+        casts = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+        dtype = torch.get_autocast_dtype(device) if casts else None
+        versions = [dtype, *(factor._version for factor in factors)]
+        same = len(factors) == len(self._factors) and all(map(operator.is_, factors, self._factors))
+        if not same or versions != self._versions:
+            with torch.inference_mode(False), torch.no_grad():
+                self._remembered = tuple(value.to(dtype) for value in self._product())
+            self._factors, self._versions = factors, versions
+        return self._remembered
+
+    def _product(self) -> tuple[torch.Tensor, torch.Tensor]:
+        scale, shift = self._norm[0].scale_and_shift()
+        if self.bias is not None:
+            shift = shift + self.bias * scale
+        weight = self.weight * scale.view(-1, 1, 1, 1)
+        return weight.to(self.weight.dtype), shift.to(self.weight.dtype)
+
+    def _forget(self) -> None:
+        self._factors, self._versions, self._remembered = [], [], ()
+
+    def train(self, mode: bool = True) -> "FoldedConv2d":
+        """Set the mode, and forget the product."""
+        self._forget()
+        return super().train(mode)
+
+    def _apply(self, *args, **kwargs) -> "FoldedConv2d":
+        self._forget()
+        return super()._apply(*args, **kwargs)
+
+
+def fold_norms(
+    model: nn.Module, followed_by: Mapping[str, str], shape: tuple[int, ...]
+) -> list[str]:
+    """Fold each frozen batch norm that directly follows a convolution into it.
+
+    The state dict stays the same. What the folds change is measured on a copy of the model and a
+    random image, and one that changes more than rounding does is left out.
+
+    Args:
+        model: a feature extractor; changed in place.
+        followed_by: names of its modules to the name of the one module that reads what they give,
+            see :class:`detbackbones.levels.Trace`.
+        shape: (N, C, H, W) of images that it takes.
+
+    Returns:
+        the names of the convolutions.
+    """
+    modules = dict(model.named_modules())
+    pairs = [
+        (name, follower)
+        for name, follower in followed_by.items()
+        if type(modules.get(name)) in (nn.Conv2d, Conv2dSame)
+        and isinstance(modules.get(follower), FrozenBatchNorm2d)
+        and modules[name].out_channels == len(modules[follower].running_mean)
+    ]
+    weight = next(model.parameters(), None)
+    if pairs and not weight.is_meta:
+        x = torch.rand(shape, generator=torch.Generator().manual_seed(0)).to(weight)
+        if _agreeing(model, pairs, x) != pairs:  # it may be rounding that grows
+            pairs = _agreeing(model, pairs, x.double(), split=True)
+    _fold(model, pairs)
+    return [name for name, _ in pairs]
+
+
+Pairs = list[tuple[str, str]]
+
+
+def _agreeing(model: nn.Module, pairs: Pairs, x: torch.Tensor, split: bool = False) -> Pairs:
+    """The pairs that can be folded together, or none; with ``split`` as many of them as can be."""
+    trial = copy.deepcopy(model).to(x.dtype).eval()
+    modules = dict(trial.named_modules())
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        # A new norm changes nothing: a wrong fold of one would be as good as a right one.
+        for _, name in pairs:
+            for buffer, low in (
+                (modules[name].weight, 0.5),
+                (modules[name].bias, -0.5),
+                (modules[name].running_mean, -0.5),
+            ):
+                buffer.copy_(low + torch.rand(buffer.shape, generator=generator))
+        expected = output_list(trial(x))
+
+        def agreeing(pairs: Pairs) -> Pairs:
+            _fold(trial, pairs)
+            if not pairs or all(map(_agree, output_list(trial(x)), expected)):
+                return pairs
+            for name, follower in pairs:
+                trial.set_submodule(name, modules[name])
+                modules[follower].folded = False
+            if not split or len(pairs) == 1:
+                return []
+            half = len(pairs) // 2
+            return agreeing(pairs[:half]) + agreeing(pairs[half:])
+
+        return agreeing(pairs)
+
+
+def _fold(model: nn.Module, pairs: Pairs) -> None:
+    for name, follower in pairs:
+        norm = model.get_submodule(follower)
+        model.set_submodule(name, FoldedConv2d(model.get_submodule(name), norm))
+        norm.folded = True
+
+
+def _agree(output: torch.Tensor, expected: torch.Tensor) -> bool:
+    difference = (output - expected).abs().max()
+    return bool(difference <= TOLERANCE * expected.abs().max())
