@@ -1,12 +1,12 @@
 """One's own data, and a schedule for a small data set on one GPU or a CPU."""
 
 from detbackbones.data import register_coco
-from detectron2 import model_zoo
 from detectron2.config import LazyCall as L
 from detectron2.solver import WarmupParamScheduler
 from fvcore.common.param_scheduler import CosineParamScheduler
 
 from .coco import dataloader
+from .optim import AdamW as optimizer
 from .train import train
 
 dataset = dict(
@@ -34,8 +34,7 @@ dataloader.test.mapper.augmentations[0].update(
 dataloader.train.update(total_batch_size=4, num_workers=2)
 dataloader.test.num_workers = 2
 
-optimizer = model_zoo.get_config("common/optim.py").AdamW
-optimizer.update(lr=2e-4, weight_decay=0.05)
+optimizer.lr = 2e-4
 lr_multiplier = L(WarmupParamScheduler)(
     scheduler=L(CosineParamScheduler)(start_value=1.0, end_value=0.01),
     warmup_length=0.05,  # fraction of train.max_iter
