@@ -1,12 +1,14 @@
 """FeatureBackbone: any extractor, measured; a third source needs nothing more."""
 
+import copy
+
 import pytest
 import torch
-from detbackbones import FeatureBackbone
+from detbackbones import FeatureBackbone, TimmBackbone, TorchvisionBackbone
 from detbackbones.feature_backbone import select_levels
 from detbackbones.freeze import frozen_prefix
 from detbackbones.levels import trace
-from models import images
+from models import assert_close, images
 from torch import nn
 
 
@@ -234,8 +236,104 @@ def test_what_feeds_no_level_is_dropped(overwrites):
     backbone = FeatureBackbone(extractor, ["fine"])
     assert {key.split(".")[1] for key in backbone.state_dict()} == {"a", "b", "c"}
     level = backbone(x)["fine"]
-    assert torch.equal(level, expected)
+    assert_close(level, expected)
     level.square().mean().backward()
     learning = {name for name, p in backbone.named_parameters() if p.requires_grad}
     assert "model.c.bias" in learning and "model.c.weight" not in learning
     assert all(backbone.get_parameter(name).grad is not None for name in learning)
+
+
+@pytest.mark.parametrize(
+    "name, arguments, channels_last",
+    [
+        ("resnet18", {}, True),
+        ("resnet18", {"norm": "FrozenBN"}, True),
+        ("resnet18", {"channels_last": False}, False),
+        ("convnext_atto", {}, False),
+        ("convnext_atto", {"channels_last": True}, True),
+        ("vit_tiny_patch16_224", {}, False),
+        ("repvgg_a0", {}, False),  # oneDNN would write beyond its memory
+    ],
+)
+def test_memory_format(name, arguments, channels_last):
+    formats = []
+    backbone = TimmBackbone(name, **arguments)
+    convolution = next(m for m in backbone.modules() if isinstance(m, nn.Conv2d))
+    convolution.register_forward_hook(
+        lambda _, inputs, __: formats.append(
+            inputs[0].is_contiguous(memory_format=torch.channels_last)
+        )
+    )
+    x = images(1, 3, 64, 64)
+    assert x.is_contiguous()
+    backbone(x)
+    assert formats == [channels_last]
+
+
+@pytest.mark.parametrize(
+    "kind, name", [(TimmBackbone, "resnet18"), (TorchvisionBackbone, "vit_b_16")]
+)
+def test_gradient_checkpointing_of_a_folded_backbone(kind, name):
+    gradients = []
+    for arguments in ({}, {"grad_checkpointing": True}):
+        torch.manual_seed(0)
+        backbone = kind(name, norm="FrozenBN", freeze_at=1, **arguments)
+        backbone = copy.deepcopy(backbone).train()
+        levels, kept = run_and_count(backbone, images(2, 3, 64, 64))
+        sum(level.square().mean() for level in levels.values()).backward()
+        gradients.append({k: p.grad for k, p in backbone.named_parameters() if p.requires_grad})
+        gradients[-1]["saved"] = kept
+    plain, checkpointed = gradients
+    assert checkpointed.pop("saved") < plain.pop("saved") / 2
+    assert plain.keys() == checkpointed.keys() and plain
+    for key, gradient in plain.items():
+        assert torch.equal(gradient, checkpointed[key]), key
+
+
+def run_and_count(backbone, x):
+    """The levels, and how many tensors are saved for the backward pass."""
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        levels = backbone(x)
+    return levels, len(kept)
+
+
+def test_gradient_checkpointing_with_nothing_to_gain():
+    with pytest.raises(ValueError, match="grad_checkpointing=True has no effect"):
+        TimmBackbone("resnet18", freeze_at=5, grad_checkpointing=True)
+    with pytest.raises(ValueError, match="compile=True and grad_checkpointing=True cannot be"):
+        TimmBackbone("resnet18", compile=True, grad_checkpointing=True)
+
+
+@pytest.mark.parametrize(
+    "kind, arguments",
+    [
+        (TimmBackbone, {"model_name": "test_efficientnet"}),
+        (TimmBackbone, {"model_name": "test_efficientnet", "layers": ["blocks.1", "blocks.3"]}),
+        (TimmBackbone, {"model_name": "test_vit"}),
+        (TorchvisionBackbone, {"model_name": "resnet18"}),
+    ],
+)
+def test_compiled(kind, arguments, monkeypatch):
+    compile_module = nn.Module.compile
+    used = []
+
+    def compile_without_a_compiler(module, **kwargs):  # the code of inductor takes minutes to build
+        used.append(kwargs)
+        compile_module(module, backend="aot_eager", **kwargs)
+
+    monkeypatch.setattr(nn.Module, "compile", compile_without_a_compiler)
+    torch._dynamo.reset()
+    plain = kind(**arguments, norm="FrozenBN")
+    compiled = kind(**arguments, norm="FrozenBN", compile=True)
+    assert used == [{"dynamic": True}]
+    compiled.load_state_dict(plain.state_dict())
+    for size in (64, 96):
+        x = images(2, 3, size, size)
+        for learns in (False, True):
+            with torch.set_grad_enabled(learns):
+                expected, got = plain.train(learns)(x), compiled.train(learns)(x)
+            for level, output in got.items():
+                assert_close(output, expected[level])
+    sum(level.mean() for level in got.values()).backward()
+    assert all(p.grad is not None for p in compiled.parameters())

@@ -115,7 +115,7 @@ def test_nothing_is_repeated_without_need(name):
         (lambda: TimmBackbone("resnet50"), 0.35),
         (lambda: TimmBackbone("vit_small_patch16_224"), 0.1),
         (lambda: TimmBackbone("convnext_tiny"), 0.25),
-        (lambda: TorchvisionBackbone("resnet50"), 0.15),
+        (lambda: TorchvisionBackbone("resnet50"), 0.25),
         (lambda: TorchvisionBackbone("vit_b_16"), 0.1),
     ],
     ids=["timm resnet50", "timm vit_small", "timm convnext_tiny", "resnet50", "vit_b_16"],
