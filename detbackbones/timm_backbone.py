@@ -180,6 +180,7 @@ class TimmBackbone(FeatureBackbone):
             "img_size": timm_cfg.IMG_SIZE or None,
             "patch_size": timm_cfg.PATCH_SIZE or None,
             "drop_path_rate": timm_cfg.DROP_PATH_RATE or None,
+            "grad_checkpointing": timm_cfg.GRAD_CHECKPOINTING,
         }
 
     def load_source(self, state: Mapping[str, torch.Tensor]) -> tuple[int, list[str]]:

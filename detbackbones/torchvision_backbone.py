@@ -153,6 +153,7 @@ class TorchvisionBackbone(FeatureBackbone):
             "out_features": torchvision_cfg.OUT_FEATURES or None,
             "norm": torchvision_cfg.NORM,
             "freeze_at": cfg.MODEL.BACKBONE.FREEZE_AT,
+            "grad_checkpointing": torchvision_cfg.GRAD_CHECKPOINTING,
         }
 
 

@@ -32,7 +32,7 @@ def run(monkeypatch, capsys):
 
 
 def settings(**kwargs):
-    defaults = {"source": "timm", "size": 64, "norm": "FrozenBN", "freeze_at": 0}
+    defaults = {"source": "timm", "size": (64, 64), "norm": "FrozenBN", "freeze_at": 0}
     switches = ("amp", "compile", "grad_checkpointing", "options_off")
     return argparse.Namespace(**defaults | dict.fromkeys(switches, False) | kwargs)
 

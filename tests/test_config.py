@@ -58,6 +58,22 @@ def test_stride_and_drop_path_of_timm():
     assert max(drops) == pytest.approx(0.2)
 
 
+@pytest.mark.parametrize(
+    "kind, key", [(TimmBackbone, "TIMM"), (TorchvisionBackbone, "TORCHVISION")]
+)
+def test_gradient_checkpointing(kind, key):
+    keys = [f"MODEL.{key}.{name}" for name in ("MODEL_NAME", "GRAD_CHECKPOINTING")]
+    saved = []
+    for value in (False, True):
+        backbone = kind(config(keys[0], "resnet18", keys[1], value), ShapeSpec(channels=3))
+        kept = []
+        hooks = torch.autograd.graph.saved_tensors_hooks
+        with hooks(kept.append, lambda x: x):
+            backbone(torch.rand(1, 3, 64, 64))
+        saved.append(len(kept))
+    assert saved[1] < saved[0] / 2
+
+
 def test_keys_of_torchvision():
     cfg = config(
         *("MODEL.TORCHVISION.MODEL_NAME", "resnet18"),
