@@ -62,21 +62,26 @@ class FoldedConv2d(nn.Conv2d):
             if outputs < self.weight.numel():
                 return self._norm[0].normalise(self._conv_forward(x, self.weight, self.bias))
         remembers = not (learns or torch.compiler.is_compiling())
-        weight, bias = self._remember(x.device.type) if remembers else self._product()
+        weight, bias = self._remember(x) if remembers else self._product()
         return self._conv_forward(x, weight, bias)
 
-    def _remember(self, device: str) -> tuple[torch.Tensor, torch.Tensor]:
+    def _remember(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The product in the type and memory format in which the convolution of x takes it."""
         factors = [*self._parameters.values(), *self._norm[0]._buffers.values()]
         factors = [factor for factor in factors if factor is not None]
         if any(factor.is_inference() for factor in factors):  # torch does not count their changes
             return self._product()
+        device = x.device.type
         casts = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-        dtype = torch.get_autocast_dtype(device) if casts else None
-        versions = [dtype, *(factor._version for factor in factors)]
+        dtype = torch.get_autocast_dtype(device) if casts else self.weight.dtype
+        channels_last = x.is_contiguous(memory_format=torch.channels_last)
+        layout = torch.channels_last if channels_last else torch.contiguous_format
+        versions = [dtype, layout, *(factor._version for factor in factors)]
         same = len(factors) == len(self._factors) and all(map(operator.is_, factors, self._factors))
         if not same or versions != self._versions:
             with torch.inference_mode(False), torch.no_grad():
-                self._remembered = tuple(value.to(dtype) for value in self._product())
+                weight, bias = (value.to(dtype) for value in self._product())
+                self._remembered = weight.contiguous(memory_format=layout), bias
             self._factors, self._versions = factors, versions
         return self._remembered
 

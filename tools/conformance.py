@@ -11,7 +11,8 @@ The contract, with nothing but the name of the model given:
   shapes      each level has the channels, rows and columns that output_shape() says
   neck        build_pyramid gives p2 to p6
   gradients   a loss on the levels reaches every parameter; no level leaves a parameter unused
-  batch norm  with norm="FrozenBN" the levels are the source model's, and training changes no norm
+  batch norm  with norm="FrozenBN", folded and not, the levels are the source model's; three
+              training steps with weight decay change no norm, and every other parameter
   weights     the classification model's weights load, and the levels are the source model's
 
 All but the last two run on the meta device, without memory or arithmetic. Each model has a process
