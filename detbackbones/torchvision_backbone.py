@@ -228,7 +228,12 @@ def _block(node: str, strides: dict[str, int], allowed: set[int]) -> str:
 def _extractor(model: nn.Module, nodes: Mapping[str, str] | list[str]) -> nn.Module:
     if isinstance(model, VisionTransformerFeatures):
         return model
-    return create_feature_extractor(model, nodes, tracer_kwargs=_TRACER)
+    extractor = create_feature_extractor(model, nodes, tracer_kwargs=_TRACER)
+    keys = model.state_dict()
+    for name, buffer in list(extractor.named_buffers(recurse=False)):
+        if name not in keys:  # a constant of the graph
+            extractor.register_buffer(name, buffer, persistent=False)
+    return extractor
 
 
 def _switch_off_dropout(extractor: nn.Module, prefix: Prefix) -> None:

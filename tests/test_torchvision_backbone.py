@@ -84,6 +84,14 @@ def test_seed_gives_the_weights_of_torchvision():
     assert torch.equal(state["model.layer4.1.conv2.weight"], source.layer4[1].conv2.weight)
 
 
+def test_constants_of_the_graph_are_not_in_the_state_dict():
+    source = torchvision.models.maxvit_t()
+    backbone = TorchvisionBackbone("maxvit_t")
+    assert backbone.load_source(source.state_dict())[1] == []
+    for twin in (backbone, copy.deepcopy(backbone)):
+        assert {k.removeprefix("model.") for k in twin.state_dict()} <= source.state_dict().keys()
+
+
 RETURN_NODES = {"layer2": "res3", "layer3": "res4", "layer4": "res5"}
 
 
