@@ -14,7 +14,7 @@ from typing import Any
 import timm
 import torch
 import torchvision
-from contract import TOLERANCE, randomise
+from contract import TOLERANCE, flat, randomise
 from detbackbones import TimmBackbone, TorchvisionBackbone
 from detbackbones.levels import last_of_each_stride, output_list
 from detbackbones.timm_models import all_levels
@@ -68,11 +68,6 @@ class Contestant:
                 parameter.requires_grad for parameter in module.parameters(recurse=False)
             ):
                 module.eval()
-
-
-def flat(key: str) -> str:
-    """A key of a state dict as it is called in every kind of extractor."""
-    return re.sub(r"^((model|body)\.)*", "", key).replace(".", "_")
 
 
 def copy_weights(

@@ -238,7 +238,7 @@ def some(names: Sequence[str]) -> str:
 
 def flat(key: str) -> str:
     """A key of a state dict as it is called in every kind of extractor."""
-    return re.sub(r"^(model\.)*", "", key).replace(".", "_")
+    return re.sub(r"^((model|body)\.)*", "", key).replace(".", "_")
 
 
 def check_build(trial: Trial) -> None:
