@@ -19,7 +19,7 @@ from .freeze import NO_PREFIX, Prefix, freeze, frozen_prefix
 from .grad_checkpointing import plan_checkpoints
 from .layers import LayerExtractor, check_layers
 from .levels import Trace, output_list, trace
-from .messages import nearest, whole_number
+from .messages import nearest, one_of, whole_number
 from .norm import convert_norm, is_batch_norm
 from .sizes import ANY_SIZE, SizeRule, find_size_rule
 
@@ -96,6 +96,10 @@ class FeatureBackbone(Backbone):
                 of a deeper model of its family are refused.
         """
         super().__init__()
+        switches = {"fold": fold, "compile": compile, "grad_checkpointing": grad_checkpointing}
+        for key, value in switches.items():
+            one_of(key, value, (True, False))
+        one_of("channels_last", channels_last, (None, True, False))
         if compile and grad_checkpointing:
             raise ValueError("compile=True and grad_checkpointing=True cannot be had together")
         if measured is None:

@@ -298,6 +298,12 @@ def run_and_count(backbone, x):
     return levels, len(kept)
 
 
+@pytest.mark.parametrize("key", ["fold", "compile", "grad_checkpointing", "channels_last"])
+def test_switches_are_on_or_off(key):
+    with pytest.raises(ValueError, match=f"{key}='no' is unknown: valid are .*True.*False"):
+        TimmBackbone("resnet18", **{key: "no"})
+
+
 def test_gradient_checkpointing_with_nothing_to_gain():
     with pytest.raises(ValueError, match="grad_checkpointing=True has no effect"):
         TimmBackbone("resnet18", freeze_at=5, grad_checkpointing=True)
