@@ -2,6 +2,7 @@
 
 import logging
 import random
+import re
 import resource
 import time
 from collections.abc import Iterable
@@ -138,6 +139,16 @@ class Trainer(SimpleTrainer):
         return [(n, m) for n, m in model.named_modules() if isinstance(m, DenseDetector)]
 
 
+def main_losses(names: Iterable[str]) -> list[str]:
+    """Those of the names that are losses, without a decoder's inner layers and denoising.
+
+    A DETR has ``loss_bbox``, and beside it ``loss_bbox_0`` or ``loss_bbox_aux_0`` and
+    ``loss_bbox_dn_0`` for each layer.
+    """
+    losses = [name for name in names if name == "total_loss" or name.startswith("loss")]
+    return [n for n in losses if re.sub(r"_(aux_|dn_)?\d+$", "", n) not in set(losses) - {n}]
+
+
 class ProgressPrinter(EventWriter):
     """Logs iteration, time left, losses, learning rate, speed and memory in one line."""
 
@@ -158,11 +169,8 @@ class ProgressPrinter(EventWriter):
         iteration = storage.iter + 1
         if iteration > self.max_iter:  # detectron2 writes once more after training
             return
-        losses = {
-            name: value.median(self.window)
-            for name, value in storage.histories().items()
-            if "loss" in name
-        }
+        histories = storage.histories()
+        losses = {name: histories[name].median(self.window) for name in main_losses(histories)}
         now = time.perf_counter()
         speed = eta = ""
         if self._last is not None and iteration > self._last[0]:

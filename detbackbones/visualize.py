@@ -17,6 +17,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 
+from .trainer import main_losses
+
 PANEL_WIDTH = 6.0  # inches
 MAX_LABELS = 10  # a picture with more objects has a legend only
 UNPAINTED = {"background", "things"}  # stuff that says where none of the classes is
@@ -257,7 +259,7 @@ def draw_curves(metrics_file: str | Path, path: str | Path) -> Path:
     """Draw the losses, the learning rate and the metrics of a training run over its iterations.
 
     Left are the total loss, its parts and, below them, the learning rate; right are AP, AP50, mIoU
-    and PQ, if the run was evaluated. Losses of a decoder's inner layers (`loss_ce_0`) are left out.
+    and PQ, if the run was evaluated. Losses of a decoder's inner layers are left out.
     Where a resumed run repeats an iteration, the later value counts.
 
     Args:
@@ -271,8 +273,7 @@ def draw_curves(metrics_file: str | Path, path: str | Path) -> Path:
         ValueError: if the file has no losses.
     """
     curves = _read_curves(metrics_file)
-    losses = [k for k in curves if k == "total_loss" or k.startswith("loss")]
-    losses = [k for k in losses if re.sub(r"_\d+$", "", k) not in set(losses) - {k}]
+    losses = main_losses(curves)
     metrics = [k for k in curves if re.search(METRICS, k)]
     if not losses:
         raise ValueError(f"metrics_file={str(metrics_file)!r} has no losses, such as 'total_loss'.")
