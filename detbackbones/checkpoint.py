@@ -22,6 +22,7 @@ from .messages import nearest
 logger = logging.getLogger(__name__)
 
 # Where our configs put a backbone within a detector, and where DDP puts the detector.
+_INSTEAD = "give checkpoint_path= a file, train.init_checkpoint= a file, or pretrained=False"
 _BACKBONE_KEY = re.compile(r"^(?:module\.)?backbone\.(?:(?:bottom_up|net)\.)?model\.")
 
 
@@ -186,8 +187,8 @@ def load_init_checkpoint(model: nn.Module, path: str, *, allow_pickle: bool = Fa
 
 
 @contextlib.contextmanager
-def downloading(model_name: str) -> Iterator[None]:
-    """Turn the many errors of a failed download into one sentence."""
+def downloading(model_name: str, advice: str = _INSTEAD) -> Iterator[None]:
+    """Turn the many errors of a failed download into one sentence, with what to do instead."""
     try:
         yield
     except Exception as error:
@@ -195,13 +196,12 @@ def downloading(model_name: str) -> Iterator[None]:
             raise
         raise ConnectionError(
             f"the pretrained weights of {model_name!r} could not be downloaded "
-            f"({type(error).__name__}): give checkpoint_path= a file, train.init_checkpoint= a "
-            "file, or pretrained=False"
+            f"({type(error).__name__}): {advice}"
         ) from error
 
 
 @contextlib.contextmanager
-def downloading_from_hub(model_name: str) -> Iterator[None]:
+def downloading_from_hub(model_name: str, advice: str = _INSTEAD) -> Iterator[None]:
     """:func:`downloading`, from the Hugging Face hub if it answers, and else from its cache.
 
     Without the question each file is tried six times, which takes most of a minute.
@@ -216,7 +216,7 @@ def downloading_from_hub(model_name: str) -> Iterator[None]:
     except Exception:
         huggingface_hub.constants.HF_HUB_OFFLINE = True
     try:
-        with downloading(model_name):
+        with downloading(model_name, advice):
             yield
     finally:
         huggingface_hub.constants.HF_HUB_OFFLINE = before

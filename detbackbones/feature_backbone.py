@@ -24,10 +24,13 @@ from .norm import convert_norm, is_batch_norm
 from .sizes import ANY_SIZE, SizeRule, find_size_rule
 
 
-def select_levels(out_features: Sequence[str] | None, valid: Sequence[str]) -> list[str]:
+def select_levels(
+    out_features: Sequence[str] | None, valid: Sequence[str], parameter: str = "out_features"
+) -> list[str]:
     """The levels to output: those of ``out_features``, in the order of ``valid``.
 
-    Without ``out_features``, the levels of strides 4 to 32 (``res2`` to ``res5``).
+    Without ``out_features``, the levels of strides 4 to 32 (``res2`` to ``res5``). ``parameter`` is
+    what the user knows them as.
 
     Raises:
         ValueError: if a name is unknown or given twice, or the list is empty.
@@ -37,7 +40,7 @@ def select_levels(out_features: Sequence[str] | None, valid: Sequence[str]) -> l
     wrong = [name for name in out_features if name not in valid]
     if wrong or not out_features or len(set(out_features)) < len(out_features):
         raise ValueError(
-            f"out_features={list(out_features)} must be different levels of the model: "
+            f"{parameter}={list(out_features)} must be different levels of the model: "
             + nearest(wrong[0] if wrong else "", valid)
         )
     return [name for name in valid if name in out_features]
@@ -55,7 +58,14 @@ class FeatureBackbone(Backbone):
 
     Its state dict has the source model's own keys under the prefix ``model.``, so that checkpoints
     of the source model load into it, and it saves back to them.
+
+    Attributes:
+        pixel_mean, pixel_std: of the images that the source model was trained on, by channel, in
+            the range 0 to 255; None where that is not known.
     """
+
+    pixel_mean: Sequence[float] | None = None
+    pixel_std: Sequence[float] | None = None
 
     def __init__(
         self,

@@ -227,7 +227,7 @@ def build_pyramid(
         raise ValueError(f"min_level={min_level!r} must be a whole number from 0 to {COARSEST}")
     shapes = bottom_up.output_shape()
     if in_features is not None:
-        names = select_levels(in_features, list(shapes))
+        names = select_levels(in_features, list(shapes), "in_features")
     else:
         inside = [n for n, s in shapes.items() if 2**min_level <= s.stride <= 2**COARSEST]
         names = inside or list(shapes)

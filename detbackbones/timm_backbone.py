@@ -160,6 +160,7 @@ class TimmBackbone(FeatureBackbone):
             source_names=found.keys,
         )
         self.model_name = model_name
+        self.indices = dict(zip(level_names, indices))  # of timm, by level; empty with `layers`
         self._kwargs = {key: value for key, value in kwargs.items() if key != "output_fmt"}
         if checkpoint_path:
             load_backbone_checkpoint(self, checkpoint_path)
@@ -182,6 +183,16 @@ class TimmBackbone(FeatureBackbone):
             "drop_path_rate": timm_cfg.DROP_PATH_RATE or None,
             "grad_checkpointing": timm_cfg.GRAD_CHECKPOINTING,
         }
+
+    @property
+    def pixel_mean(self) -> list[float]:
+        """Mean of the images that the model was trained on, RGB, in the range 0 to 255."""
+        return pixel_mean(self.model_name)
+
+    @property
+    def pixel_std(self) -> list[float]:
+        """Standard deviation that goes with :attr:`pixel_mean`."""
+        return pixel_std(self.model_name)
 
     def load_source(self, state: Mapping[str, torch.Tensor]) -> tuple[int, list[str]]:
         """Load a state dict of the classification model, converted as timm converts it.

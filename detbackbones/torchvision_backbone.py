@@ -142,6 +142,7 @@ class TorchvisionBackbone(FeatureBackbone):
             source_names=source_names,
         )
         self.model_name = model_name
+        self.pixel_mean, self.pixel_std = _pixels(model_name, weights)
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec) -> dict[str, Any]:
@@ -298,6 +299,16 @@ def _checked_weights(model_name: str, weights: Any) -> WeightsEnum:
     name = str(weights).removeprefix(f"{enum.__name__}.")
     one_of("weights", name, [*(member.name for member in enum), "DEFAULT"])
     return enum[name]
+
+
+def _pixels(model_name: str, weights: WeightsEnum | None) -> tuple[Any, Any]:
+    """Mean and deviation that go with weights; without, those that all the model's weights have."""
+    kinds = [weights] if weights else torchvision.models.get_model_weights(model_name)
+    found = {(*each.transforms().mean, *each.transforms().std) for each in kinds}
+    if len(found) > 1:
+        return None, None
+    values = [255 * value for value in found.pop()]
+    return values[:3], values[3:]
 
 
 @BACKBONE_REGISTRY.register()
