@@ -33,5 +33,5 @@ setup(
         "tqdm>4.29.0",
         "yacs>=0.1.8",
     ],
-    extras_require={"test": ["pytest", "ruff"]},
+    extras_require={"detr": ["scipy", "transformers>=5.23"], "test": ["pytest", "ruff"]},
 )

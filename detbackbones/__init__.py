@@ -16,6 +16,7 @@ except ImportError as error:
     ) from error
 
 from .config import add_backbone_config, get_config, list_configs
+from .detr import TransformersDetector
 from .feature_backbone import FeatureBackbone
 from .pyramid import build_pyramid
 from .timm_backbone import TimmBackbone
@@ -25,6 +26,7 @@ __all__ = [
     "FeatureBackbone",
     "TimmBackbone",
     "TorchvisionBackbone",
+    "TransformersDetector",
     "add_backbone_config",
     "build_pyramid",
     "get_config",

@@ -39,7 +39,7 @@ def get_config(name: str) -> DictConfig:
 
 
 def add_backbone_config(cfg: CfgNode) -> None:
-    """Add the keys of TimmBackbone and TorchvisionBackbone to a yacs config.
+    """Add the keys of the backbones and of TransformersDetector to a yacs config.
 
     The input becomes RGB with ImageNet's mean and standard deviation, for that is what the weights
     of timm and torchvision expect (detectron2's default is BGR).
@@ -64,6 +64,11 @@ def add_backbone_config(cfg: CfgNode) -> None:
     cfg.MODEL.TORCHVISION.OUT_FEATURES = []
     cfg.MODEL.TORCHVISION.NORM = "FrozenBN"
     cfg.MODEL.TORCHVISION.GRAD_CHECKPOINTING = False
+    cfg.MODEL.DETR = CfgNode()
+    cfg.MODEL.DETR.ARCHITECTURE = "rt_detr_v2"
+    cfg.MODEL.DETR.NUM_CLASSES = 80
+    cfg.MODEL.DETR.NUM_QUERIES = 300
+    cfg.MODEL.DETR.PRETRAINED_DETECTOR = ""
     cfg.INPUT.FORMAT = "RGB"
     cfg.MODEL.PIXEL_MEAN = [123.675, 116.28, 103.53]
     cfg.MODEL.PIXEL_STD = [58.395, 57.12, 57.375]

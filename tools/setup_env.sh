@@ -24,6 +24,6 @@ fi
 
 rm -f "$stamp"
 export PIP_CONSTRAINT=tools/constraints.txt
-.venv/bin/python -m pip install --quiet --disable-pip-version-check -e '.[test]'
+.venv/bin/python -m pip install --quiet --disable-pip-version-check -e '.[detr,test]'
 .venv/bin/python tools/install_detectron2.py
 echo "$wanted" >"$stamp"

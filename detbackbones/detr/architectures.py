@@ -1,0 +1,236 @@
+"""The DETR-family models of transformers: what each asks of a backbone, and building one on it."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import Backbone
+from torch import nn
+
+from ..feature_backbone import plain_dict, select_levels
+from ..messages import nearest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What a model of transformers asks of a backbone, and what its numbers mean.
+
+    Attributes:
+        strides: of the levels that it takes by default.
+        pyramid: each level's stride must be twice that of the level before, and the queries are
+            chosen from all positions.
+        padded_boxes: boxes are fractions of the padded images (the model has no use for the mask
+            of the pixels), else of each image's own size.
+        loss_weights: prefixes of the names of losses to the attributes of the configuration with
+            their weights (a number is one itself), where the losses come without.
+    """
+
+    strides: tuple[int, ...]
+    pyramid: bool = False
+    padded_boxes: bool = False
+    loss_weights: tuple[tuple[str, str | float], ...] = ()
+
+
+_HYBRID = Architecture((8, 16, 32), pyramid=True, padded_boxes=True)
+_BOX_WEIGHTS = (("loss_bbox", "bbox_loss_coefficient"), ("loss_giou", "giou_loss_coefficient"))
+
+# by model_type, as transformers.AutoConfig knows them
+ARCHITECTURES = {
+    "rt_detr": _HYBRID,
+    "rt_detr_v2": _HYBRID,
+    "d_fine": _HYBRID,
+    "deformable_detr": Architecture((8, 16, 32), loss_weights=(("loss_ce", 1), *_BOX_WEIGHTS)),
+    # transformers 5.23 counts the class loss once, whatever cls_loss_coefficient says
+    "dab-detr": Architecture((32,), loss_weights=(("loss_ce", 1), *_BOX_WEIGHTS)),
+}
+
+
+def import_transformers() -> ModuleType:
+    """The package transformers, or one sentence that says how to get it."""
+    try:
+        import scipy  # noqa: F401  for matching
+        import transformers
+    except ImportError as error:
+        raise ImportError(
+            f"TransformersDetector needs the package {error.name}: pip install detbackbones[detr]"
+        ) from error
+    return transformers
+
+
+class BackboneEncoder(nn.Module):
+    """A detectron2 backbone in the place of the convolution encoder of a transformers model.
+
+    The backbone is no submodule of it: the detector that holds both has it under its own name.
+    """
+
+    def __init__(self, backbone: Backbone, names: Sequence[str], min_positions: int = 0):
+        """
+        Args:
+            backbone: gives the feature maps.
+            names: of the levels to take, fine to coarse.
+            min_positions: that the maps must have together, where a query is chosen from each.
+        """
+        super().__init__()
+        self._backbone, self.names, self.min_positions = [backbone], names, min_positions
+
+    def forward(
+        self, pixel_values: torch.Tensor, pixel_mask: torch.Tensor
+    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """
+        Args:
+            pixel_values: normalized images (N, C, H, W).
+            pixel_mask: (N, H, W), 1 for pixels of the image, 0 for padding.
+
+        Returns:
+            a feature map (N, c, h, w) and its mask (N, h, w) for each level.
+
+        Raises:
+            ValueError: if the images are so small that there are less positions than queries.
+        """
+        levels = self._backbone[0](pixel_values)
+        positions = sum(levels[name][0, 0].numel() for name in self.names)
+        if positions < self.min_positions:
+            height, width = pixel_values.shape[-2:]
+            raise ValueError(
+                f"images padded to {height}x{width} are too small for num_queries="
+                f"{self.min_positions}: their feature maps have {positions} positions"
+            )
+        mask = pixel_mask[None].float()
+        return [
+            (levels[name], F.interpolate(mask, size=levels[name].shape[-2:])[0].bool())
+            for name in self.names
+        ]
+
+
+def choose_levels(
+    architecture: str, backbone: Backbone, in_features: Sequence[str] | None
+) -> list[str]:
+    """Names of the levels of a backbone that a model takes, fine to coarse.
+
+    Raises:
+        ValueError: if a level is unknown, or the strides are not what the model needs.
+    """
+    wanted, shapes = ARCHITECTURES[architecture], backbone.output_shape()
+    has = ", ".join(f"{name} ({shape.stride})" for name, shape in shapes.items())
+    if in_features is not None:
+        names = select_levels(in_features, list(shapes), "in_features")
+    else:
+        by_stride = {shape.stride: name for name, shape in shapes.items()}
+        missing = [stride for stride in wanted.strides if stride not in by_stride]
+        if missing:
+            raise ValueError(
+                f"architecture={architecture!r} takes levels of strides {wanted.strides}, and the "
+                f"backbone has {has}: give in_features, or build_pyramid(bottom_up=...) over it"
+            )
+        names = [by_stride[stride] for stride in wanted.strides]
+    strides = [shapes[name].stride for name in names]
+    if wanted.pyramid and any(2 * fine != coarse for fine, coarse in zip(strides, strides[1:])):
+        raise ValueError(
+            f"in_features={names} have strides {strides}, and architecture={architecture!r} takes "
+            f"levels each of twice the stride before; the backbone has {has}"
+        )
+    if wanted.pyramid and backbone.size_divisibility % strides[-1]:
+        raise ValueError(
+            f"the backbone takes images of {backbone.size_divisibility} pixels, and architecture="
+            f"{architecture!r} multiples of {strides[-1]}, the stride of {names[-1]}: give img_size"
+        )
+    if len(wanted.strides) == 1 < len(names):
+        raise ValueError(f"in_features={names}: architecture={architecture!r} takes one level")
+    return names
+
+
+def build_config(
+    architecture: str,
+    shapes: Sequence[ShapeSpec],
+    num_classes: int,
+    num_queries: int | None = None,
+    config_kwargs: Mapping[str, Any] | None = None,
+    base: "PreTrainedConfig | None" = None,
+) -> "PreTrainedConfig":
+    """The configuration of a model of transformers for feature maps of these shapes.
+
+    Args:
+        architecture: a key of ``ARCHITECTURES``.
+        shapes: of the levels, fine to coarse.
+        num_classes: without background.
+        num_queries: None is for what the model has by default.
+        config_kwargs: attributes of the configuration, such as ``decoder_layers``.
+        base: start from this configuration instead of the architecture's default.
+
+    Raises:
+        ValueError: if ``config_kwargs`` has an unknown name, or one that is computed here, or
+            transformers refuses a value.
+    """
+    transformers = import_transformers()
+    kwargs, n = plain_dict(config_kwargs), len(shapes)
+    # A net of the same channels, in the place of which the backbone comes.
+    stand_in = transformers.ResNetConfig(
+        embedding_size=1,
+        hidden_sizes=[shape.channels for shape in shapes],
+        depths=[1] * n,
+        out_indices=list(range(1, n + 1)),
+    )
+    computed = {"backbone_config": stand_in, "num_labels": num_classes, "num_queries": num_queries}
+    if ARCHITECTURES[architecture].pyramid:
+        computed |= {
+            "encoder_in_channels": [shape.channels for shape in shapes],
+            "feat_strides": [shape.stride for shape in shapes],
+            "encode_proj_layers": [n - 1],
+            "num_feature_levels": n,
+            "decoder_in_channels": None,  # below: they follow encoder_hidden_dim
+            "eval_size": None,  # positions and anchors for images of any size
+            "anchor_image_size": None,
+            "freeze_backbone_batch_norms": False,
+        }
+    default = transformers.AutoConfig.for_model(architecture).to_dict()
+    if "decoder_n_levels" in default:
+        computed["decoder_n_levels"] = n
+    for key in kwargs:
+        if key in computed:
+            raise ValueError(f"config_kwargs has {key!r}, which follows from other parameters")
+        if key not in default:
+            raise ValueError(f"config_kwargs has {key!r}: {nearest(key, default)}")
+    if num_queries is None:
+        del computed["num_queries"]
+    settings = (base.to_dict() if base else {"auxiliary_loss": True}) | kwargs | computed
+    for key in ("id2label", "label2id", "model_type"):  # these of num_classes take their place
+        settings.pop(key, None)
+    if "decoder_in_channels" in computed:
+        width = settings.get("encoder_hidden_dim", default.get("encoder_hidden_dim"))
+        settings["decoder_in_channels"] = [width] * n
+    try:
+        return transformers.AutoConfig.for_model(architecture, **settings)
+    except Exception as error:  # huggingface_hub's validation has errors of its own
+        reason = str(error.__cause__ or error).strip().splitlines()[-1].strip()
+        raise ValueError(f"config_kwargs={kwargs} are refused by transformers: {reason}") from error
+
+
+def build_model(
+    config: "PreTrainedConfig", backbone: Backbone, names: Sequence[str]
+) -> "PreTrainedModel":
+    """A model of transformers with random weights, a backbone in the place of its encoder.
+
+    Args:
+        config: see :func:`build_config`.
+        backbone: gives the feature maps; it does not become a submodule.
+        names: of its levels, fine to coarse.
+    """
+    transformers = import_transformers()
+    model = transformers.AutoModelForObjectDetection.from_config(config)
+    chosen = config.num_queries if ARCHITECTURES[config.model_type].pyramid else 0
+    model.set_submodule(encoder_name(model), BackboneEncoder(backbone, names, chosen))
+    return model
+
+
+def encoder_name(model: nn.Module) -> str:
+    """The name of a model's convolution encoder, the module that runs its backbone."""
+    kinds = {name: type(module).__name__ for name, module in model.named_modules()}
+    ends = ("ConvEncoder", BackboneEncoder.__name__)
+    return next(name for name, kind in kinds.items() if kind.endswith(ends))

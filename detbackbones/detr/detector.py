@@ -1,0 +1,238 @@
+"""TransformersDetector: a DETR-family model of transformers as a detectron2 meta-architecture."""
+
+import logging
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode, configurable
+from detectron2.modeling import META_ARCH_REGISTRY, Backbone, build_backbone
+from detectron2.modeling.postprocessing import detector_postprocess
+from detectron2.structures import Boxes, ImageList, Instances
+from torch import nn
+from torchvision.ops import box_convert
+
+from ..feature_backbone import FeatureBackbone
+from ..messages import one_of, whole_number
+from .architectures import ARCHITECTURES, build_config, build_model, choose_levels
+from .pretrained import load_pretrained, read_config, save_pretrained
+
+logger = logging.getLogger(__name__)
+
+
+@META_ARCH_REGISTRY.register()
+class TransformersDetector(nn.Module):
+    """RT-DETR, RT-DETRv2, D-FINE, Deformable DETR or DAB-DETR of transformers, on any backbone.
+
+    Its state dict has the backbone under ``backbone.`` and the rest of the model under ``detr.``.
+    """
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        backbone: Backbone,
+        num_classes: int,
+        architecture: str | None = None,
+        num_queries: int | None = None,
+        in_features: Sequence[str] | None = None,
+        config_kwargs: Mapping[str, Any] | None = None,
+        pretrained_detector: str = "",
+        pixel_mean: Sequence[float] | None = None,
+        pixel_std: Sequence[float] | None = None,
+        test_topk_per_image: int = 100,
+    ):
+        """
+        Args:
+            backbone: any whose ``output_shape()`` is right.
+            num_classes: classes, without background.
+            architecture: "rt_detr", "rt_detr_v2", "d_fine", "deformable_detr" or "dab-detr"; None
+                is for that of ``pretrained_detector``.
+            num_queries: object queries; None is for what the architecture has, 300.
+            in_features: the levels to use, by default those of strides 8, 16 and 32 ("dab-detr":
+                of stride 32).
+            config_kwargs: attributes of the configuration that transformers has for the
+                architecture: ``{"decoder_layers": 3}``.
+            pretrained_detector: a name on the Hugging Face hub or a folder: start from this
+                detector's configuration, and from those of its weights that fit.
+            pixel_mean, pixel_std: of the images' channels, 0 to 255; None is for those that the
+                backbone's weights were trained with.
+            test_topk_per_image: detections to keep for an image.
+
+        Raises:
+            ImportError: if transformers is not installed.
+            ValueError: if an argument is out of range, or the backbone's levels do not fit.
+            ConnectionError: if ``pretrained_detector`` cannot be downloaded.
+        """
+        super().__init__()
+        whole_number("num_classes", num_classes)
+        whole_number("test_topk_per_image", test_topk_per_image)
+        if num_queries is not None:
+            whole_number("num_queries", num_queries)
+        base = read_config(pretrained_detector) if pretrained_detector else None
+        architecture = architecture or (base.model_type if base else None)
+        one_of("architecture", architecture, ARCHITECTURES)
+        if base and base.model_type != architecture:
+            raise ValueError(
+                f"architecture={architecture!r} is not that of pretrained_detector="
+                f"{pretrained_detector!r}, which is {base.model_type!r}"
+            )
+        names = choose_levels(architecture, backbone, in_features)
+        shapes = [backbone.output_shape()[name] for name in names]
+        config = build_config(architecture, shapes, num_classes, num_queries, config_kwargs, base)
+        mean, std = (
+            _backbones_own(backbone, key) if value is None else value
+            for key, value in (("pixel_mean", pixel_mean), ("pixel_std", pixel_std))
+        )
+
+        self.architecture = architecture
+        self.num_classes = num_classes
+        self.in_features = names
+        self.test_topk_per_image = test_topk_per_image
+        self.input_format = "RGB"
+        self.backbone = backbone
+        self.detr = build_model(config, backbone, names)
+        self.register_buffer("pixel_mean", torch.tensor(mean).view(-1, 1, 1), False)
+        self.register_buffer("pixel_std", torch.tensor(std).view(-1, 1, 1), False)
+        if pretrained_detector:
+            logger.info(load_pretrained(self.detr, backbone, pretrained_detector))
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
+        """Arguments from the yacs keys under MODEL.DETR, see ``add_backbone_config``."""
+        return {
+            "backbone": build_backbone(cfg),
+            "architecture": cfg.MODEL.DETR.ARCHITECTURE or None,
+            "num_classes": cfg.MODEL.DETR.NUM_CLASSES,
+            "num_queries": cfg.MODEL.DETR.NUM_QUERIES or None,
+            "pretrained_detector": cfg.MODEL.DETR.PRETRAINED_DETECTOR,
+            "pixel_mean": cfg.MODEL.PIXEL_MEAN,
+            "pixel_std": cfg.MODEL.PIXEL_STD,
+            "test_topk_per_image": cfg.TEST.DETECTIONS_PER_IMAGE,
+        }
+
+    @property
+    def device(self) -> torch.device:
+        """Where the images go."""
+        return self.pixel_mean.device
+
+    def forward(self, batched_inputs: list[dict[str, Any]]) -> Any:
+        """
+        Args:
+            batched_inputs: for each image a dict with ``image``, an RGB tensor (C, H, W) of 0 to
+                255; in training with ``instances``, detectron2's Instances with ``gt_boxes`` and
+                ``gt_classes``; else with ``height`` and ``width``, which the boxes are scaled to.
+
+        Returns:
+            in training a dict of weighted losses, whose sum is the loss that transformers has;
+            else for each image a dict with ``instances``: ``pred_boxes``, ``scores`` and
+            ``pred_classes``, the best first.
+        """
+        if not self.training:
+            return self._inference(batched_inputs)
+        images = self._preprocess(batched_inputs)
+        instances = [x["instances"].to(self.device) for x in batched_inputs]
+        outputs = self.detr(**images_and_mask(images), labels=self._labels(images, instances))
+        losses = self._weighted(outputs.loss_dict)
+        if not any(map(len, instances)) and hasattr(self.detr.model, "denoising_class_embed"):
+            # without a box there are no denoising queries: the embedding has a gradient of zeros
+            unused = self.detr.model.denoising_class_embed.weight
+            losses["loss_bbox"] = losses["loss_bbox"] + 0 * unused.sum()
+        return losses
+
+    def _preprocess(self, batched_inputs: list[dict[str, Any]]) -> ImageList:
+        images = [x["image"].to(self.device) for x in batched_inputs]
+        images = [(image - self.pixel_mean) / self.pixel_std for image in images]
+        divisor, constraints = self.backbone.size_divisibility, self.backbone.padding_constraints
+        return ImageList.from_tensors(images, divisor, padding_constraints=constraints)
+
+    def _frames(self, images: ImageList) -> list[tuple[int, int]]:
+        """The (height, width) that the boxes of each image are fractions of."""
+        if ARCHITECTURES[self.architecture].padded_boxes:
+            return [tuple(images.tensor.shape[-2:])] * len(images)
+        return images.image_sizes
+
+    def _labels(
+        self, images: ImageList, instances: list[Instances]
+    ) -> list[dict[str, torch.Tensor]]:
+        labels = []
+        for (height, width), x in zip(self._frames(images), instances):
+            scale = x.gt_boxes.tensor.new_tensor([width, height, width, height])
+            boxes = box_convert(x.gt_boxes.tensor / scale, "xyxy", "cxcywh")
+            labels.append({"class_labels": x.gt_classes, "boxes": boxes})
+        return labels
+
+    def _weighted(self, losses: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        losses = {key: value for key, value in losses.items() if key.startswith("loss_")}
+        for prefix, weight in ARCHITECTURES[self.architecture].loss_weights:
+            weight = getattr(self.detr.config, weight) if isinstance(weight, str) else weight
+            losses |= {k: weight * v for k, v in losses.items() if k.startswith(prefix)}
+        return losses
+
+    def _inference(self, batched_inputs: list[dict[str, Any]]) -> list[dict[str, Instances]]:
+        # Images of one size together: the encoders look at all of an image, its padding too, and
+        # what is detected in it would depend on the sizes of those beside it.
+        groups = defaultdict(list)
+        for i, x in enumerate(batched_inputs):
+            groups[self._preprocess([x]).tensor.shape].append(i)
+        results: dict[int, dict[str, Instances]] = {}
+        for indices in groups.values():
+            group = [batched_inputs[i] for i in indices]
+            images = self._preprocess(group)
+            outputs = self.detr(**images_and_mask(images))
+            detections = self._detections(images, outputs.logits, outputs.pred_boxes)
+            for i, x, found in zip(indices, group, detections):
+                height, width = x.get("height", found.image_size[0]), x.get("width")
+                width = found.image_size[1] if width is None else width
+                results[i] = {"instances": detector_postprocess(found, height, width)}
+        return [results[i] for i in range(len(batched_inputs))]
+
+    def _detections(
+        self, images: ImageList, logits: torch.Tensor, boxes: torch.Tensor
+    ) -> list[Instances]:
+        """The best pairs of query and class; a query may be there for several classes."""
+        detections = []
+        for frame, size, scores, cxcywh in zip(
+            self._frames(images), images.image_sizes, logits.float().sigmoid(), boxes.float()
+        ):
+            best, index = scores.flatten().topk(min(self.test_topk_per_image, scores.numel()))
+            xyxy = box_convert(cxcywh[index // self.num_classes], "cxcywh", "xyxy")
+            found = Instances(size)
+            found.pred_boxes = Boxes(xyxy * xyxy.new_tensor([*frame[::-1], *frame[::-1]]))
+            found.scores = best
+            found.pred_classes = index % self.num_classes
+            detections.append(found)
+        return detections
+
+    def save_pretrained(self, folder: str, class_names: Sequence[str] | None = None) -> None:
+        """Write the detector as ``transformers.AutoModelForObjectDetection`` reads it.
+
+        Args:
+            folder: to write to; it must not exist or be empty.
+            class_names: names of the classes, in order.
+
+        Raises:
+            FileExistsError: if ``folder`` holds files.
+            ValueError: if the backbone is not one that transformers builds through timm, or
+                transformers' model does not give what this one gives.
+        """
+        save_pretrained(self, folder, class_names)
+
+
+def images_and_mask(images: ImageList) -> dict[str, torch.Tensor]:
+    """Images as transformers takes them: ``pixel_values`` and ``pixel_mask``."""
+    n, _, height, width = images.tensor.shape
+    mask = torch.zeros((n, height, width), dtype=torch.long, device=images.tensor.device)
+    for i, (h, w) in enumerate(images.image_sizes):
+        mask[i, :h, :w] = 1
+    return {"pixel_values": images.tensor, "pixel_mask": mask}
+
+
+def _backbones_own(backbone: Backbone, key: str) -> Sequence[float]:
+    """The mean or deviation of the pixels that a backbone's source model was trained on."""
+    sources = [m for m in backbone.modules() if isinstance(m, FeatureBackbone)]
+    value = getattr(sources[0], key) if sources else None
+    if value is None:
+        raise ValueError(f"{key}=None, and the backbone does not say what it was trained with")
+    return value
