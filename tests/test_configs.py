@@ -15,7 +15,7 @@ from detectron2.data.datasets import register_coco_panoptic_separated
 from detectron2.utils.events import EventStorage
 from omegaconf import OmegaConf
 
-BOTTOM_UP = "model.backbone.bottom_up"
+BOTTOM_UP = "model.backbone.bottom_up"  # or model.backbone, where there is no pyramid
 STUFF = 54  # classes of the heads for COCO's stuff
 
 # What takes the place of a config's backbone: the first that is in its file's name.
@@ -25,21 +25,26 @@ TINY = {
         f"{BOTTOM_UP}.weights=null",
         f"{BOTTOM_UP}.norm=BN",  # frozen, its random weights let the features explode
     ],
-    "timm_convnext": [f"{BOTTOM_UP}.model_name=test_convnext", f"{BOTTOM_UP}.pretrained=False"],
-    "timm_efficientnet": [
+    "convnext": [f"{BOTTOM_UP}.model_name=test_convnext", f"{BOTTOM_UP}.pretrained=False"],
+    "efficientnet": [
         f"{BOTTOM_UP}.model_name=test_efficientnet",
         f"{BOTTOM_UP}.pretrained=False",
     ],
-    "timm_swin": [
+    "swin": [
         f"{BOTTOM_UP}.pretrained=False",
         f"{BOTTOM_UP}.model_kwargs.embed_dim=16",
         f"{BOTTOM_UP}.model_kwargs.depths=[1, 1, 1, 1]",
         f"{BOTTOM_UP}.model_kwargs.num_heads=[1, 2, 2, 2]",
     ],
-    "timm_vit": [f"{BOTTOM_UP}.model_name=test_vit", f"{BOTTOM_UP}.pretrained=False"],
+    "vit": [f"{BOTTOM_UP}.model_name=test_vit", f"{BOTTOM_UP}.pretrained=False"],
     "": [f"{BOTTOM_UP}.model_name=test_resnet", f"{BOTTOM_UP}.pretrained=False"],
 }
 
+PYRAMIDS = [
+    name
+    for name in list_configs()
+    if ("timm_r50" in name or "finetune" in name) and "detr" not in name
+]
 METRIC = {"semantic_fpn": "sem_seg/mIoU", "mask_rcnn": "segm/AP", "panoptic_fpn": "segm/AP"}
 
 
@@ -74,12 +79,13 @@ def load(tiny, datasets, tmp_path):
         cfg = get_config(name)
         file = name.rpartition("/")[2]
         words = words or next(w for part, w in TINY.items() if part in file)
+        if "bottom_up" not in cfg.model.backbone:
+            words = [word.replace(BOTTOM_UP, "model.backbone") for word in words]
         apply_overrides(cfg, list(words))
         apply_overrides(
             cfg,
             [
-                "model.backbone.out_channels=64",
-                "train.max_iter=2",
+                f"train.max_iter={5 if 'detr' in name else 2}",
                 "train.log_period=1",
                 "train.pictures=1",
                 "train.device=cpu",
@@ -87,10 +93,20 @@ def load(tiny, datasets, tmp_path):
                 "dataloader.train.total_batch_size=2",
                 "dataloader.train.num_workers=0",
                 "dataloader.test.num_workers=0",
-                "dataloader.train.mapper.augmentations.0.short_edge_length=[64]",
                 "dataloader.test.mapper.augmentations.0.short_edge_length=64",
             ],
         )
+        if "out_channels" in cfg.model.backbone:
+            cfg.model.backbone.out_channels = 64
+        for augmentation in cfg.dataloader.train.mapper.augmentations:
+            if "short_edge_length" in augmentation:
+                augmentation.short_edge_length = [64]
+            elif "tfm_or_aug" in augmentation:
+                resize, crop = augmentation.tfm_or_aug.augs
+                resize.short_edge_length, crop.crop_size = [64, 80], (48, 64)
+        if "architecture" in cfg.model:
+            cfg.model.num_queries = 20
+            cfg.model.config_kwargs.decoder_layers = 2
         if "dataset" in cfg:
             for split in ("train", "val"):
                 cfg.dataset[f"{split}_images"] = str(tiny / "images" / split)
@@ -136,7 +152,7 @@ def test_every_config_trains_and_evaluates(load, train_net, tmp_path, name):
 
     rows = [json.loads(line) for line in (tmp_path / "metrics.json").read_text().splitlines()]
     losses = [row for row in rows if "total_loss" in row]
-    assert [row["iteration"] for row in losses] == [0, 1]
+    assert [row["iteration"] for row in losses] == list(range(cfg.train.max_iter))
     assert all(math.isfinite(v) for row in losses for k, v in row.items() if "loss" in k)
     assert any(next((m for d, m in METRIC.items() if d in name), "bbox/AP") in row for row in rows)
     for file in ("predictions.png", "curves.png", "model_final.pth"):
@@ -146,12 +162,12 @@ def test_every_config_trains_and_evaluates(load, train_net, tmp_path, name):
     assert all(p.grad is not None and p.grad.isfinite().all() for p in trainable.values())
     after = dict(model.named_parameters())
     parts = {".".join(k.split(".")[:2]) for k in trainable}
-    assert {"backbone.bottom_up", "backbone.net"} & parts
+    assert {"backbone.bottom_up", "backbone.net", "backbone.model"} & parts
     for part in parts:  # the backbone, the pyramid's convolutions, each head
         keys = [k for k in trainable if k.startswith(part)]
         assert any(not torch.equal(before[k], after[k]) for k in keys), part
     frozen = [k for k, p in model.named_parameters() if not p.requires_grad]
-    assert frozen or cfg.model.backbone.bottom_up.freeze_at == 0
+    assert frozen or cfg.model.backbone.get("bottom_up", cfg.model.backbone).freeze_at == 0
     assert all(torch.equal(before[k], after[k]) for k in frozen)
 
 
@@ -164,7 +180,7 @@ def test_every_config_can_be_saved(name, tmp_path):
     LazyConfig.save(loaded, str(tmp_path / "again.yaml"))
     assert (tmp_path / "again.yaml").read_text() == (tmp_path / "config.yaml").read_text()
     assert OmegaConf.to_container(loaded, resolve=True).keys() == cfg.keys()
-    assert loaded.model.backbone.out_channels == cfg.model.backbone.out_channels
+    assert loaded.model.backbone.get("out_channels") == cfg.model.backbone.get("out_channels")
 
 
 @pytest.mark.parametrize("model_name", ["regnety_002", "vit_tiny_patch16_224"])
@@ -181,7 +197,7 @@ def test_the_name_alone_changes_the_backbone(load, detector, model_name):
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
 
 
-@pytest.mark.parametrize("name", [n for n in list_configs() if "timm_r50" in n or "finetune" in n])
+@pytest.mark.parametrize("name", PYRAMIDS)
 def test_no_channel_number_is_typed_in(load, name):
     """Another width of the pyramid is taken up by every layer that follows it."""
     cfg = load(name)

@@ -139,10 +139,11 @@ def build_model(cfg: DictConfig, *, loads_all: bool) -> torch.nn.Module:
     """The model on its device; no weights are fetched for a backbone whose detector ``loads_all``
     from a checkpoint."""
     model_cfg = copy.deepcopy(cfg.model)
-    bottom_up = OmegaConf.select(model_cfg, "backbone.bottom_up")
-    for key, none in {"pretrained": False, "weights": None, "checkpoint_path": ""}.items():
-        if loads_all and bottom_up is not None and key in bottom_up:
-            bottom_up[key] = none
+    for place in ("backbone", "backbone.bottom_up"):
+        backbone = OmegaConf.select(model_cfg, place)
+        for key, none in {"pretrained": False, "weights": None, "checkpoint_path": ""}.items():
+            if loads_all and backbone is not None and key in backbone:
+                backbone[key] = none
     return instantiate(model_cfg).to(cfg.train.device)
 
 

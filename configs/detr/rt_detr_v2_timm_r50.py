@@ -1,0 +1,4 @@
+"""rt_detr_v2, timm ResNet-50, COCO 12 epochs."""
+
+from ..common.coco_detr import dataloader, lr_multiplier, optimizer, train  # noqa: F401
+from ..common.models.detr import model  # noqa: F401

@@ -1,0 +1,15 @@
+"""rt_detr_v2 on one's own data: set dataset.train_json, train_images, val_json, val_images."""
+
+from detbackbones.data import num_classes
+from detectron2.config import LazyCall as L
+
+from ..common.finetune import dataloader, dataset, lr_multiplier, optimizer, train  # noqa: F401
+from ..common.models.detr import model
+
+model.num_classes = L(num_classes)(dataset="${dataloader.train.dataset.names}")
+model.num_queries = 100
+model.config_kwargs.update(decoder_layers=3, hidden_expansion=0.5)  # as RT-DETR's ResNet-18 has
+model.backbone.model_name = "resnet18"
+dataloader.train.mapper.use_instance_mask = False
+optimizer.params.backbone_lr_factor = 0.1
+train.clip_grad.params.max_norm = 0.1
