@@ -40,10 +40,9 @@ TINY = {
     "": [f"{BOTTOM_UP}.model_name=test_resnet", f"{BOTTOM_UP}.pretrained=False"],
 }
 
+CONFIGS = [name for name in list_configs() if not name.startswith("dino/")]  # they need detrex
 PYRAMIDS = [
-    name
-    for name in list_configs()
-    if ("timm_r50" in name or "finetune" in name) and "detr" not in name
+    name for name in CONFIGS if ("timm_r50" in name or "finetune" in name) and "detr" not in name
 ]
 METRIC = {"semantic_fpn": "sem_seg/mIoU", "mask_rcnn": "segm/AP", "panoptic_fpn": "segm/AP"}
 
@@ -142,7 +141,7 @@ def load(tiny, datasets, tmp_path):
     return load_small
 
 
-@pytest.mark.parametrize("name", list_configs())
+@pytest.mark.parametrize("name", CONFIGS)
 def test_every_config_trains_and_evaluates(load, train_net, tmp_path, name):
     cfg = load(name)
     trainer = train_net.build_trainer(cfg)
@@ -171,7 +170,7 @@ def test_every_config_trains_and_evaluates(load, train_net, tmp_path, name):
     assert all(torch.equal(before[k], after[k]) for k in frozen)
 
 
-@pytest.mark.parametrize("name", list_configs())
+@pytest.mark.parametrize("name", CONFIGS)
 def test_every_config_can_be_saved(name, tmp_path):
     cfg, file = get_config(name), str(tmp_path / "config.yaml")
     LazyConfig.save(cfg, file)

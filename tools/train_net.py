@@ -19,6 +19,7 @@ from detbackbones.checkpoint import Checkpointer, load_init_checkpoint, read_sta
 from detbackbones.config import get_config
 from detbackbones.messages import nearest, one_of
 from detbackbones.overrides import apply_overrides
+from detbackbones.shapes import without_weights
 from detbackbones.trainer import AMP_DTYPES, ProgressPrinter, Trainer, seed_step
 from detbackbones.visualize import draw_curves, draw_predictions
 from detectron2.config import LazyConfig, instantiate
@@ -139,11 +140,8 @@ def build_model(cfg: DictConfig, *, loads_all: bool) -> torch.nn.Module:
     """The model on its device; no weights are fetched for a backbone whose detector ``loads_all``
     from a checkpoint."""
     model_cfg = copy.deepcopy(cfg.model)
-    for place in ("backbone", "backbone.bottom_up"):
-        backbone = OmegaConf.select(model_cfg, place)
-        for key, none in {"pretrained": False, "weights": None, "checkpoint_path": ""}.items():
-            if loads_all and backbone is not None and key in backbone:
-                backbone[key] = none
+    if loads_all and "backbone" in model_cfg:
+        model_cfg.backbone = without_weights(model_cfg.backbone)
     return instantiate(model_cfg).to(cfg.train.device)
 
 
@@ -345,7 +343,7 @@ def main() -> None:
         cfg = load_config(args)
         if int(os.environ.get("RANK", 0)) == 0 and args.machine_rank == 0:
             prepare_output(cfg, args)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         fail(error)
     if by_torchrun:
         join_torchrun(cfg.train.device == "cuda")

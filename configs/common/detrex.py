@@ -1,0 +1,24 @@
+"""DINO with 4 scales and 12 epochs of COCO, from a checkout of detrex."""
+
+from pathlib import Path
+
+from detectron2.config import LazyConfig
+
+try:
+    import projects.dino.modeling
+except ImportError as error:
+    raise ImportError(
+        f"the configs in dino/ need detrex and its projects/dino, which cannot be imported ({error}"
+        "): install detrex from a checkout of https://github.com/IDEA-Research/detrex and run with "
+        "PYTHONPATH set to that checkout"
+    ) from error
+
+_folder = Path(projects.dino.modeling.__file__).parents[1] / "configs"
+_files = [*_folder.glob("**/dino_r50_4scale_12ep.py")]
+if not _files:
+    raise ImportError(f"the configs in dino/ need dino_r50_4scale_12ep.py, and {_folder} has none")
+dataloader, lr_multiplier, model, optimizer, train = LazyConfig.load(
+    str(_files[0]), keys=("dataloader", "lr_multiplier", "model", "optimizer", "train")
+)
+train.init_checkpoint = ""  # the backbone loads its own weights
+dataloader.evaluator.output_dir = "${train.output_dir}"
