@@ -17,7 +17,7 @@ from detbackbones import (
 )
 from detbackbones.detr.architectures import ARCHITECTURES, encoder_name
 from detbackbones.detr.detector import images_and_mask
-from detbackbones.detr.pretrained import timm_keys
+from detbackbones.detr.pretrained import timm_keys, timm_name
 from detectron2.config import get_cfg
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
@@ -90,7 +90,7 @@ def test_it_equals_the_model_of_transformers(tmp_path, architecture):
         config_kwargs=None,
         pretrained_detector=str(tmp_path),
     ).eval()
-    padded = images_and_mask(ours._preprocess(batch((128, 160), (100, 130))))
+    padded = images_and_mask(ours.preprocess_image(batch((128, 160), (100, 130))))
     assert padded["pixel_mask"].sum() == 128 * 160 + 100 * 130
     with torch.no_grad():
         expected, got = theirs(**padded), ours.detr(**padded)
@@ -99,7 +99,7 @@ def test_it_equals_the_model_of_transformers(tmp_path, architecture):
     assert got.logits.std() > 1e-3 and got.pred_boxes.std() > 1e-3
 
     (image,) = inputs = batch((128, 160))
-    padded = images_and_mask(ours._preprocess(inputs))
+    padded = images_and_mask(ours.preprocess_image(inputs))
     with torch.no_grad():
         found = ours(inputs)[0]["instances"]
         processor = transformers.RTDetrImageProcessor()
@@ -117,8 +117,8 @@ def test_losses_are_named_and_add_up_to_that_of_transformers(architecture):
     torch.manual_seed(1)
     losses = model(inputs)
     torch.manual_seed(1)
-    prepared = model._preprocess(inputs)
-    labels = model._labels(prepared, [x["instances"] for x in inputs])
+    prepared = model.preprocess_image(inputs)
+    labels = model.prepare_targets(prepared, [x["instances"] for x in inputs])
     total = model.detr(**images_and_mask(prepared), labels=labels).loss
     torch.testing.assert_close(sum(losses.values()), total)
     assert {"loss_bbox", "loss_giou"} < losses.keys()
@@ -140,8 +140,8 @@ def test_a_batch_without_a_box_trains_every_parameter(architecture):
 def test_boxes_come_back_from_what_the_model_learns(architecture):
     """Targets given as predictions are the boxes that the targets were made from."""
     model, inputs = detector(architecture), batch((128, 96), (64, 160))
-    prepared = model._preprocess(inputs)
-    for i, label in enumerate(model._labels(prepared, [x["instances"] for x in inputs])):
+    prepared = model.preprocess_image(inputs)
+    for i, label in enumerate(model.prepare_targets(prepared, [x["instances"] for x in inputs])):
         logits = 10.0 * torch.nn.functional.one_hot(label["class_labels"], 3) - 5
         logits[0, 0] += 1  # the first box is the best
         found = model._detections(
@@ -156,7 +156,7 @@ def test_boxes_come_back_from_what_the_model_learns(architecture):
 def test_boxes_stand_on_the_positions_of_the_padded_image(architecture):
     """Before any training, a box has its centre in the middle of a position of a feature map."""
     model = detector(architecture, "test_resnet", num_queries=200).eval()
-    prepared = model._preprocess(batch((128, 128), (128, 512)))
+    prepared = model.preprocess_image(batch((128, 128), (128, 512)))
     outputs = model.detr(**images_and_mask(prepared))
     centres = outputs.pred_boxes[0, :, 0] * model._frames(prepared)[0][1]
     assert centres.std() > 20
@@ -166,7 +166,7 @@ def test_boxes_stand_on_the_positions_of_the_padded_image(architecture):
 def test_deformable_queries_look_into_the_image_itself():
     """What a query depends on lies around its box, and none of it in the padding."""
     model = detector("deformable_detr", "test_resnet", num_queries=40).eval()
-    prepared = model._preprocess(batch((128, 128), (128, 512)))
+    prepared = model.preprocess_image(batch((128, 128), (128, 512)))
     pixels = prepared.tensor[:1].clone().requires_grad_()
     mask = images_and_mask(prepared)["pixel_mask"][:1]
     outputs = model.detr(pixel_values=pixels, pixel_mask=mask)
@@ -240,10 +240,12 @@ def test_pixels_are_normalized_as_the_backbone_was_trained():
     assert half.pixel_mean.flatten().tolist() == [127.5] * 3
     (image,) = batch((64, 64))
     image["image"][:] = 255
-    assert half._preprocess([image]).tensor.unique().tolist() == [1]
+    assert half.preprocess_image([image]).tensor.unique().tolist() == [1]
     own = detector(pixel_mean=[1.0, 2.0, 3.0], pixel_std=[4.0, 5.0, 6.0])
     assert own.pixel_std.flatten().tolist() == [4, 5, 6]
-    assert own._preprocess([image]).tensor[0, :, 0, 0].tolist() == pytest.approx([63.5, 50.6, 42])
+    assert own.preprocess_image([image]).tensor[0, :, 0, 0].tolist() == pytest.approx(
+        [63.5, 50.6, 42]
+    )
     vgg = TorchvisionBackbone("mobilenet_v3_small")
     assert vgg.pixel_mean == pytest.approx([123.675, 116.28, 103.53])
     net = FeatureBackbone.from_module(
@@ -322,6 +324,15 @@ def test_everything_of_a_pretrained_detector_is_loaded(tmp_path, caplog):
     assert ours.detr.config.decoder_layers == SMALL["decoder_layers"]
 
 
+def test_weights_of_another_model_with_the_same_names_are_not_loaded(tmp_path, caplog):
+    caplog.set_level("INFO", "detbackbones")
+    reference(tmp_path, "rt_detr_v2", "resnet18", [2, 3, 4], **channels("resnet18"))
+    backbone = TimmBackbone("resnetblur18")
+    assert backbone.state_dict().keys() == TimmBackbone("resnet18").state_dict().keys()
+    detector(backbone=backbone, pretrained_detector=str(tmp_path), config_kwargs=None)
+    assert "none of the backbone's" in caplog.text
+
+
 def test_other_classes_and_another_backbone_stay_as_they_are(tmp_path, caplog):
     caplog.set_level("INFO", "detbackbones")
     theirs = reference(tmp_path, "rt_detr_v2", "resnet18", [2, 3, 4], **channels("resnet18"))
@@ -349,6 +360,9 @@ def test_a_resnet_of_rt_detr_is_loaded_into_timms():
     ours = TimmBackbone("resnet26d", out_features=["res3", "res4", "res5"]).eval()
     loaded, wanting = ours.load_source(timm_keys(theirs.state_dict()))
     assert not wanting and loaded == len(ours.state_dict())
+    assert timm_name(config) == "resnet26d"
+    assert timm_name(transformers.RTDetrResNetConfig(layer_type="basic")) is None
+    assert timm_name(TimmBackboneConfig(backbone="resnet18.a1_in1k")) == "resnet18"
     x = images(1, 3, 96, 128)
     with torch.no_grad():
         expected = theirs(x).feature_maps
@@ -393,7 +407,7 @@ def test_transformers_loads_a_saved_detector(tmp_path, architecture, model_name)
     theirs = AutoModelForObjectDetection.from_pretrained(tmp_path / "saved").eval()
     assert theirs.config.id2label == {0: "a", 1: "b", 2: "c"}
     (image,) = inputs = batch((640, 640))
-    padded = images_and_mask(ours.eval()._preprocess(inputs))
+    padded = images_and_mask(ours.eval().preprocess_image(inputs))
     with torch.no_grad():
         got, expected = theirs(**padded), ours.detr(**padded)
     assert_close(got.logits, expected.logits)

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 
 import pytest
 import timm
@@ -25,15 +26,19 @@ def words(tiny, output, config="faster_rcnn", *more):
     roi = ["model.roi_heads.batch_size_per_image=16", "model.roi_heads.box_head.fc_dims=[32, 32]"]
     labels = [f"dataset.{s}_labels={tiny}/labels/{s}" for s in ("train", "val")]
     jsons = [f"dataset.{s}_json={tiny}/{s}.json" for s in ("train", "val")]
-    semantic = config == "semantic_fpn"
+    semantic, backbone = config == "semantic_fpn", "model.backbone.bottom_up"
+    neck = ["model.backbone.out_channels=32"]
+    if config == "rt_detr":
+        backbone = "model.backbone"
+        neck = ["model.num_queries=20", "model.config_kwargs.decoder_layers=2"]
     return [
         *["--config-file", str(FINETUNE / f"{config}.py"), f"train.output_dir='{output}'"],
         *[f"dataset.{s}_images={tiny}/images/{s}" for s in ("train", "val")],
         *([*labels, "dataset.num_classes=3"] if semantic else jsons),
         *(roi if config.endswith("rcnn") else []),
         *["dataset.train_sizes=[64, 80]", "dataset.val_size=64", "train.device=cpu"],
-        *["model.backbone.bottom_up.pretrained=False", f"{MODEL}=test_resnet"],
-        *["model.backbone.out_channels=32", "optimizer.lr=0.001"],
+        *[f"{backbone}.pretrained=False", f"{backbone}.model_name=test_resnet"],
+        *[*neck, "optimizer.lr=0.001"],
         *["dataloader.train.total_batch_size=2", "dataloader.train.num_workers=0"],
         *["dataloader.test.num_workers=0", "train.pictures=0", "train.log_period=1"],
         *["train.max_iter=4", "train.checkpointer.period=2", "train.eval_period=0"],
@@ -120,6 +125,7 @@ RESUMED = {
     "roi sampling": ("faster_rcnn",),
     "worker": ("faster_rcnn", "dataloader.train.num_workers=1"),
     "running mean": ("retinanet",),
+    "denoising": ("rt_detr",),
     "bfloat16": ("faster_rcnn", "train.amp.enabled=True"),
     "float16": (
         "semantic_fpn",
@@ -199,6 +205,15 @@ def test_two_processes_train_like_one(tiny, run_train_net, tmp_path, launcher, a
     assert metrics(two)["sem_seg/mIoU"] == pytest.approx(metrics(one)["sem_seg/mIoU"], abs=0.5)
     assert "iter 4/4" in (two / "log.txt").read_text()
     assert (two / "log.txt.rank1").exists()
+
+
+@pytest.mark.parametrize("architecture", ["rt_detr_v2", "deformable_detr"])
+def test_a_detr_trains_on_two_processes(tiny, tmp_path, architecture):
+    """Each parameter has a gradient in each process, or the second step would fail."""
+    more = [f"model.architecture={architecture}", "--num-processes", 2]
+    assert start([*words(tiny, tmp_path, "rt_detr"), *more]).wait(timeout=600) == 0
+    assert {"loss_bbox", "bbox/AP50"} <= metrics(tmp_path).keys()
+    assert "iter 4/4" in (tmp_path / "log.txt").read_text()
 
 
 def distance(first, second):
@@ -399,6 +414,11 @@ def test_wrong_input_ends_in_one_sentence(
         ("finetune/faster_rcn.py", "--config-file .* does not exist: .*'faster_rcnn.py'"),
         ("no/such.py", "--config-file .* does not exist"),
         ("common/models/mask_rcnn.py", "mask_rcnn.py has no 'dataloader'"),
+        pytest.param(
+            "dino/dino_timm_4scale_12ep.py",
+            "the configs in dino/ need detrex",
+            marks=pytest.mark.skipif(find_spec("detrex") is not None, reason="detrex is there"),
+        ),
     ],
 )
 def test_a_wrong_config_file(run_train_net, capsys, file, sentence):

@@ -1,4 +1,7 @@
-"""rt_detr_v2 on one's own data: set dataset.train_json, train_images, val_json, val_images."""
+"""rt_detr_v2 on one's own data: set dataset.train_json, train_images, val_json, val_images.
+
+Or another architecture: model.architecture=deformable_detr.
+"""
 
 from detbackbones.data import num_classes
 from detectron2.config import LazyCall as L
@@ -8,7 +11,7 @@ from ..common.models.detr import model
 
 model.num_classes = L(num_classes)(dataset="${dataloader.train.dataset.names}")
 model.num_queries = 100
-model.config_kwargs.update(decoder_layers=3, hidden_expansion=0.5)  # as RT-DETR's ResNet-18 has
+model.config_kwargs.decoder_layers = 3
 model.backbone.model_name = "resnet18"
 dataloader.train.mapper.use_instance_mask = False
 optimizer.params.backbone_lr_factor = 0.1

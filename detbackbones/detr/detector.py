@@ -90,11 +90,14 @@ class TransformersDetector(nn.Module):
         self.num_classes = num_classes
         self.in_features = names
         self.test_topk_per_image = test_topk_per_image
-        self.input_format = "RGB"
         self.backbone = backbone
         self.detr = build_model(config, backbone, names)
-        self.register_buffer("pixel_mean", torch.tensor(mean).view(-1, 1, 1), False)
-        self.register_buffer("pixel_std", torch.tensor(std).view(-1, 1, 1), False)
+        self.register_buffer(
+            "pixel_mean", torch.tensor(list(mean), dtype=torch.float32).view(-1, 1, 1), False
+        )
+        self.register_buffer(
+            "pixel_std", torch.tensor(list(std), dtype=torch.float32).view(-1, 1, 1), False
+        )
         if pretrained_detector:
             logger.info(load_pretrained(self.detr, backbone, pretrained_detector))
 
@@ -131,9 +134,11 @@ class TransformersDetector(nn.Module):
         """
         if not self.training:
             return self._inference(batched_inputs)
-        images = self._preprocess(batched_inputs)
+        images = self.preprocess_image(batched_inputs)
         instances = [x["instances"].to(self.device) for x in batched_inputs]
-        outputs = self.detr(**images_and_mask(images), labels=self._labels(images, instances))
+        outputs = self.detr(
+            **images_and_mask(images), labels=self.prepare_targets(images, instances)
+        )
         losses = self._weighted(outputs.loss_dict)
         if not any(map(len, instances)) and hasattr(self.detr.model, "denoising_class_embed"):
             # without a box there are no denoising queries: the embedding has a gradient of zeros
@@ -141,7 +146,8 @@ class TransformersDetector(nn.Module):
             losses["loss_bbox"] = losses["loss_bbox"] + 0 * unused.sum()
         return losses
 
-    def _preprocess(self, batched_inputs: list[dict[str, Any]]) -> ImageList:
+    def preprocess_image(self, batched_inputs: list[dict[str, Any]]) -> ImageList:
+        """Images on the model's device, normalized, padded to the largest of them."""
         images = [x["image"].to(self.device) for x in batched_inputs]
         images = [(image - self.pixel_mean) / self.pixel_std for image in images]
         divisor, constraints = self.backbone.size_divisibility, self.backbone.padding_constraints
@@ -153,9 +159,14 @@ class TransformersDetector(nn.Module):
             return [tuple(images.tensor.shape[-2:])] * len(images)
         return images.image_sizes
 
-    def _labels(
+    def prepare_targets(
         self, images: ImageList, instances: list[Instances]
     ) -> list[dict[str, torch.Tensor]]:
+        """The labels that transformers takes: ``class_labels``, and ``boxes`` as cx, cy, w, h.
+
+        Boxes are fractions of the padded images or of each image's own size, as the architecture
+        has it.
+        """
         labels = []
         for (height, width), x in zip(self._frames(images), instances):
             scale = x.gt_boxes.tensor.new_tensor([width, height, width, height])
@@ -173,18 +184,19 @@ class TransformersDetector(nn.Module):
     def _inference(self, batched_inputs: list[dict[str, Any]]) -> list[dict[str, Instances]]:
         # Images of one size together: the encoders look at all of an image, its padding too, and
         # what is detected in it would depend on the sizes of those beside it.
+        singles = [self.preprocess_image([x]) for x in batched_inputs]
         groups = defaultdict(list)
-        for i, x in enumerate(batched_inputs):
-            groups[self._preprocess([x]).tensor.shape].append(i)
+        for i, image in enumerate(singles):
+            groups[image.tensor.shape].append(i)
         results: dict[int, dict[str, Instances]] = {}
         for indices in groups.values():
-            group = [batched_inputs[i] for i in indices]
-            images = self._preprocess(group)
+            sizes = [singles[i].image_sizes[0] for i in indices]
+            images = ImageList(torch.cat([singles[i].tensor for i in indices]), sizes)
             outputs = self.detr(**images_and_mask(images))
             detections = self._detections(images, outputs.logits, outputs.pred_boxes)
-            for i, x, found in zip(indices, group, detections):
-                height, width = x.get("height", found.image_size[0]), x.get("width")
-                width = found.image_size[1] if width is None else width
+            for i, found in zip(indices, detections):
+                height = batched_inputs[i].get("height", found.image_size[0])
+                width = batched_inputs[i].get("width", found.image_size[1])
                 results[i] = {"instances": detector_postprocess(found, height, width)}
         return [results[i] for i in range(len(batched_inputs))]
 

@@ -101,11 +101,10 @@ def load_pretrained(model: "PreTrainedModel", backbone: Backbone, name: str) -> 
     left = sorted({key.rpartition(".")[0] for key in own if key not in fit})
 
     encoder = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
-    loaded = sum(
-        _load_backbone(module, timm_keys(encoder))
-        for module in backbone.modules()
-        if isinstance(module, FeatureBackbone)
-    )
+    own_backbone = _timm_backbone(backbone)
+    loaded = 0
+    if own_backbone and _name(own_backbone.model_name) == timm_name(source.config.backbone_config):
+        loaded = _load_backbone(own_backbone, timm_keys(encoder))
     report = f"loaded {len(fit)} of the detector's {len(own)} tensors from {name}"
     if left:
         report += f" (not {', '.join(left[:4])}{', ...' if len(left) > 4 else ''})"
@@ -127,6 +126,24 @@ def timm_keys(encoder: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return state
 
 
+def timm_name(config: "PreTrainedConfig") -> str | None:
+    """What timm calls the backbone of a configuration; None for what timm has not."""
+    if config.model_type == "timm_backbone":
+        return _name(config.backbone)
+    if config.model_type == "rt_detr_resnet" and config.layer_type == "bottleneck":
+        return f"resnet{3 * sum(config.depths) + 2}d"
+    return None
+
+
+def _name(model_name: str) -> str:
+    return model_name.partition(".")[0]  # without the tag of its weights
+
+
+def _timm_backbone(backbone: Backbone) -> TimmBackbone | None:
+    """The TimmBackbone that a backbone is, or has under its pyramid."""
+    return next((m for m in backbone.modules() if isinstance(m, TimmBackbone)), None)
+
+
 def _load_backbone(backbone: FeatureBackbone, state: Mapping[str, torch.Tensor]) -> int:
     """Load a backbone if all that it needs is there; the number of tensors."""
     for key, value in backbone.state_dict().items():
@@ -134,8 +151,7 @@ def _load_backbone(backbone: FeatureBackbone, state: Mapping[str, torch.Tensor])
         fits = key in state and state[key].shape == value.shape
         if not fits and not key.endswith("num_batches_tracked"):
             return 0
-    loaded, wanting = backbone.load_source(state)
-    return 0 if wanting else loaded
+    return backbone.load_source(state)[0]
 
 
 def save_pretrained(
