@@ -44,6 +44,11 @@ from tabulate import tabulate
 from tqdm import tqdm
 
 WARM_UP = 3  # rounds
+MEMORY = {  # what may have been measured beside the time
+    "saved (MiB)": "saved_mib",
+    "weights (MiB)": "saved_weights_mib",
+    "peak (MiB)": "peak_mib",
+}
 FILES = ("benchmark.md", "benchmark.json", "benchmark.png")
 NAMES = {
     "timm": timm.list_models,
@@ -137,11 +142,10 @@ def table(rows: Sequence[dict[str, Any]], failures: dict[str, str]) -> str:
             "ms, q1..q3": spread("seconds", 1e3, 1),
             "peer / ours": value("ratio_median", 1, 3),
             "q1..q3": spread("ratio", 1, 3),
-            "saved (MiB)": value("saved_mib", 1, 1),
-            "weights (MiB)": value("saved_weights_mib", 1, 1),
         }
-        if any("peak_mib" in row for row in rows):
-            cells["peak (MiB)"] = value("peak_mib", 1, 1)
+        for column, key in MEMORY.items():
+            if any(key in row for row in rows):
+                cells[column] = value(key, 1, 1)
         return cells
 
     lines = [line(row, row["model"]) for row in rows]
