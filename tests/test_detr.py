@@ -401,7 +401,8 @@ def test_another_architecture_than_that_of_the_weights(tmp_path):
     ],
 )
 def test_transformers_loads_a_saved_detector(tmp_path, architecture, model_name):
-    ours = detector(architecture, TimmBackbone(model_name, norm="FrozenBN", freeze_at=2))
+    backbone = TimmBackbone(model_name, norm="FrozenBN", freeze_at=2)
+    ours = detector(architecture, backbone, num_queries=400)
     randomise(ours.backbone)
     ours.save_pretrained(str(tmp_path / "saved"), class_names=["a", "b", "c"])
     theirs = AutoModelForObjectDetection.from_pretrained(tmp_path / "saved").eval()

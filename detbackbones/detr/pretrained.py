@@ -206,16 +206,16 @@ def _check_maps(detector: "TransformersDetector", encoder: nn.Module) -> None:
     images = torch.randn(1, len(detector.pixel_mean), side, side, device=device)
     mask = torch.ones(1, side, side, device=device)
     training = detector.training
-    own = detector.eval().detr.get_submodule(encoder_name(detector.detr))(images, mask)
+    levels = detector.eval().backbone(images)
     detector.train(training)
+    own = [levels[name] for name in detector.in_features]
     try:
-        theirs = encoder.to(device).eval()(images, mask)
+        theirs = [level for level, _ in encoder.to(device).eval()(images, mask)]
     except Exception as error:
         reason = f"transformers cannot run it: {error}"
     else:
-        pairs = [(a, b) for (a, _), (b, _) in zip(own, theirs)]
-        same = all(a.shape == b.shape for a, b in pairs) and len(own) == len(theirs)
-        if same and all((a - b).abs().max() <= 1e-3 * a.abs().max() for a, b in pairs):
+        same = [level.shape for level in own] == [level.shape for level in theirs]
+        if same and all((a - b).abs().max() <= 1e-3 * a.abs().max() for a, b in zip(own, theirs)):
             return
         reason = "transformers' model of this name gives other feature maps"
     raise ValueError(f"backbone={detector.backbone.model_name!r} cannot be saved: {reason}")
