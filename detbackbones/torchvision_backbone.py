@@ -25,7 +25,7 @@ from .sizes import ANY_SIZE, SizeRule
 from .torchvision_vit import VisionTransformerFeatures
 
 # A module that is traced through cannot be put into eval mode alone, as freeze_at does.
-_TRACER = {"leaf_modules": [StochasticDepth]}
+TRACER = {"leaf_modules": [StochasticDepth]}
 
 
 @BACKBONE_REGISTRY.register()
@@ -229,7 +229,7 @@ def _block(node: str, strides: dict[str, int], allowed: set[int]) -> str:
 def _extractor(model: nn.Module, nodes: Mapping[str, str] | list[str]) -> nn.Module:
     if isinstance(model, VisionTransformerFeatures):
         return model
-    extractor = create_feature_extractor(model, nodes, tracer_kwargs=_TRACER)
+    extractor = create_feature_extractor(model, nodes, tracer_kwargs=TRACER)
     keys = model.state_dict()
     for name, buffer in list(extractor.named_buffers(recurse=False)):
         if name not in keys:  # a constant of the graph
@@ -252,9 +252,9 @@ def _switch_off_dropout(extractor: nn.Module, prefix: Prefix) -> None:
 
 def _run_all(model: nn.Module, size: tuple[int, int]) -> dict[str, Any]:
     """The output of every node but the input, on the meta device, in the order of execution."""
-    nodes = [n for n in get_graph_node_names(model, _TRACER)[1] if n != "x"]
+    nodes = [n for n in get_graph_node_names(model, TRACER)[1] if n != "x"]
     extractor = create_feature_extractor(
-        model, train_return_nodes=nodes[:1], eval_return_nodes=nodes, tracer_kwargs=_TRACER
+        model, train_return_nodes=nodes[:1], eval_return_nodes=nodes, tracer_kwargs=TRACER
     )
     extractor.eval()
     return run_on_meta(extractor, meta_state(extractor), (2, 3, *size))
@@ -283,7 +283,7 @@ def _checked_nodes(
         return_nodes = {name: name for name in return_nodes}
     # node or module -> position of its last operation, for outputs come in the graph's order
     valid = {}
-    for position, name in enumerate(get_graph_node_names(model, _TRACER)[1]):
+    for position, name in enumerate(get_graph_node_names(model, TRACER)[1]):
         parts = name.split(".")
         valid.update({".".join(parts[:n]): position for n in range(1, len(parts) + 1)})
     for node in return_nodes:
