@@ -44,7 +44,12 @@ CONFIGS = [name for name in list_configs() if not name.startswith("dino/")]  # t
 PYRAMIDS = [
     name for name in CONFIGS if ("timm_r50" in name or "finetune" in name) and "detr" not in name
 ]
-METRIC = {"semantic_fpn": "sem_seg/mIoU", "mask_rcnn": "segm/AP", "panoptic_fpn": "segm/AP"}
+METRIC = {
+    "semantic_fpn": "sem_seg/mIoU",
+    "probe": "sem_seg/mIoU",
+    "mask_rcnn": "segm/AP",
+    "panoptic_fpn": "segm/AP",
+}
 
 
 @pytest.fixture(scope="module")
@@ -161,12 +166,14 @@ def test_every_config_trains_and_evaluates(load, train_net, tmp_path, name):
     assert all(p.grad is not None and p.grad.isfinite().all() for p in trainable.values())
     after = dict(model.named_parameters())
     parts = {".".join(k.split(".")[:2]) for k in trainable}
-    assert {"backbone.bottom_up", "backbone.net", "backbone.model"} & parts
+    backbone = cfg.model.backbone.get("bottom_up", cfg.model.backbone)
+    learns = {"backbone.bottom_up", "backbone.net", "backbone.model"} & parts
+    assert bool(learns) == (backbone.freeze_at < 5)
     for part in parts:  # the backbone, the pyramid's convolutions, each head
         keys = [k for k in trainable if k.startswith(part)]
         assert any(not torch.equal(before[k], after[k]) for k in keys), part
     frozen = [k for k, p in model.named_parameters() if not p.requires_grad]
-    assert frozen or cfg.model.backbone.get("bottom_up", cfg.model.backbone).freeze_at == 0
+    assert frozen or backbone.freeze_at == 0
     assert all(torch.equal(before[k], after[k]) for k in frozen)
 
 

@@ -1,0 +1,96 @@
+"""LinearHead: a linear classifier of pixels."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from detectron2.config import CfgNode, configurable
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import SEM_SEG_HEADS_REGISTRY
+from torch import nn
+
+from .segmentation_head import SegmentationHead, upsample
+
+
+@SEM_SEG_HEADS_REGISTRY.register()
+class LinearHead(SegmentationHead):
+    """A 1x1 convolution on one level, or on several that are resized to the finest and joined.
+
+    The features are standardised before it, as DINOv2's linear evaluation does it by batch norm
+    (https://arxiv.org/abs/2304.07193): the scales of frozen features differ by orders of magnitude
+    between models, levels and channels, and one learning rate is to do for all.
+    """
+
+    @configurable
+    def __init__(
+        self,
+        input_shape: Mapping[str, ShapeSpec],
+        *,
+        num_classes: int,
+        in_features: Sequence[str] | None = None,
+        loss_weight: float = 1.0,
+        ignore_value: int = 255,
+    ):
+        """
+        Args:
+            input_shape: the backbone's ``output_shape()``.
+            num_classes: number of classes.
+            in_features: names of the levels to use; all if None.
+            loss_weight: the loss is multiplied by it.
+            ignore_value: value of the pixels of a label map that are in no class.
+
+        Raises:
+            ValueError: see :class:`SegmentationHead`.
+        """
+        super().__init__(input_shape, in_features, num_classes, loss_weight, ignore_value)
+        strides = [input_shape[name].stride for name in self.in_features]
+        self.stride = strides[0]
+        self._factors = [stride / self.stride for stride in strides]
+        # Resizing and a 1x1 convolution may change places: the sum of the resized logits of each
+        # level is what one convolution of the resized and joined levels gives.
+        self.classifiers = nn.ModuleList()
+        for name in self.in_features:
+            channels = input_shape[name].channels
+            conv = nn.Conv2d(channels, num_classes, 1, bias=name == self.in_features[0])
+            nn.init.normal_(conv.weight, std=0.01)
+            self.classifiers.append(nn.Sequential(Standardise(channels), conv))
+        nn.init.zeros_(self.classifiers[0][1].bias)
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, input_shape: Mapping[str, ShapeSpec]) -> dict[str, Any]:
+        """Arguments from the yacs keys under MODEL.SEM_SEG_HEAD."""
+        return {
+            "input_shape": input_shape,
+            "num_classes": cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES,
+            "in_features": cfg.MODEL.SEM_SEG_HEAD.IN_FEATURES or None,
+            "loss_weight": cfg.MODEL.SEM_SEG_HEAD.LOSS_WEIGHT,
+            "ignore_value": cfg.MODEL.SEM_SEG_HEAD.IGNORE_VALUE,
+        }
+
+    def layers(self, features: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Logits (N, num_classes, h, w) of the size of the finest level used."""
+        logits = 0
+        height, width = features[self.in_features[0]].shape[-2:]
+        for name, factor, classifier in zip(self.in_features, self._factors, self.classifiers):
+            level = upsample(classifier(features[name]), factor)
+            logits = logits + level[..., :height, :width]
+        return logits
+
+
+class Standardise(nn.BatchNorm2d):
+    """Batch norm by the mean and variance of all batches so far, in training too.
+
+    With those of the batch alone, a classifier of a few different images learns what it does not
+    find again in evaluation.
+    """
+
+    def __init__(self, channels: int):
+        super().__init__(channels, affine=False, momentum=None)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(N, C, H, W) with about zero mean and unit variance in each channel."""
+        if self.training:
+            with torch.no_grad():
+                super().forward(x)  # for the running statistics
+        return F.batch_norm(x, self.running_mean, self.running_var, eps=self.eps)

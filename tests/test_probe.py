@@ -1,0 +1,229 @@
+"""Probes: their configs, on data of one's own and on registered data, and tools/probe.py."""
+
+import json
+import logging
+import sys
+
+import pytest
+import torch
+from conftest import TOOLS, load_tool
+from detbackbones import FeatureBackbone, TimmBackbone, get_config
+from detbackbones.checkpoint import Checkpointer
+from detbackbones.data import register_coco
+from detbackbones.overrides import apply_overrides
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import register_coco_panoptic_separated
+from detectron2.utils.logger import _cached_log_stream, setup_logger
+from PIL import Image
+
+SMALL = [
+    "dataset.num_classes=3",
+    "dataset.train_sizes=[64]",
+    "dataset.val_size=64",
+    "dataloader.train.total_batch_size=2",
+    "dataloader.train.num_workers=0",
+    "dataloader.test.num_workers=0",
+    "train.device=cpu",
+    "train.pictures=1",
+    "train.log_period=1",
+]
+
+
+def paths(tiny):
+    return [
+        f"dataset.{split}_{kind}={tiny}/{kind}/{split}"
+        for split in ("train", "val")
+        for kind in ("images", "labels")
+    ]
+
+
+def load(head, model_name, *words):
+    cfg = get_config(f"probe/{head}.py")
+    backbone = cfg.model.backbone.get("bottom_up", cfg.model.backbone)
+    backbone.update(model_name=model_name, pretrained=False)
+    return apply_overrides(cfg, [*SMALL, "train.max_iter=2", *words])
+
+
+def train(train_net, cfg, folder):
+    cfg.train.output_dir = str(folder)
+    trainer = train_net.build_trainer(cfg)
+    model = trainer.model
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    train_net.train(cfg, trainer, Checkpointer(model, str(folder), trainer=trainer), 0)
+    moved = {k for k, v in model.state_dict().items() if not torch.equal(v, before[k])}
+    rows = [json.loads(line) for line in (folder / "metrics.json").read_text().splitlines()]
+    return model, moved, rows
+
+
+@pytest.mark.parametrize("model_name", ["test_resnet", "vit_tiny_patch16_224"])
+@pytest.mark.parametrize("head", ["linear", "fpn", "dpt"])
+def test_only_the_head_moves(tiny, train_net, tmp_path, head, model_name):
+    cfg = load(head, model_name, *paths(tiny))
+    if head == "fpn":
+        cfg.model.backbone.out_channels = 32
+    model, moved, rows = train(train_net, cfg, tmp_path)
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    buffers = {name for name, _ in model.named_buffers() if name.startswith("sem_seg_head")}
+    assert trained and trained <= moved <= trained | buffers
+    backbone = next(m for m in model.modules() if isinstance(m, FeatureBackbone))
+    assert not any(p.requires_grad for p in backbone.parameters())
+    assert 0 <= rows[-1]["sem_seg/mIoU"] <= 100
+    assert (tmp_path / "predictions.png").stat().st_size > 0
+    if head == "dpt":
+        levels = {"test_resnet": "res2 res3 res4 res5", "vit_tiny_patch16_224": "p2 p5 p8 p11"}
+        assert " ".join(backbone.output_shape()) == levels[model_name]
+
+
+@pytest.fixture
+def registered(tiny):
+    """COCO-style stuff data sets in detectron2's catalog."""
+    for split in ("train", "val"):
+        images, labels = str(tiny / "images" / split), str(tiny / "labels" / split)
+        json_file = str(tiny / f"{split}.json")
+        register_coco(json_file, images, "polygon")
+        metadata = {
+            "thing_classes": ["circle", "square"],
+            "stuff_classes": ["background", "circle", "square"],
+        }
+        register_coco_panoptic_separated(
+            f"probe_{split}", metadata, images, "", "", labels, json_file
+        )
+    yield "probe_train_stuffonly", "probe_val_stuffonly"
+    for split in ("train", "val"):
+        for form in ("separated", "stuffonly"):
+            DatasetCatalog.remove(f"probe_{split}_{form}")
+            MetadataCatalog.remove(f"probe_{split}_{form}")
+
+
+def test_data_that_detectron2_knows(registered, train_net, tmp_path):
+    names = [f"dataloader.{s}.dataset.names={n}" for s, n in zip(("train", "test"), registered)]
+    _, _, rows = train(train_net, load("linear", "test_resnet", *names), tmp_path)
+    assert {f"sem_seg/IoU-{name}" for name in ("background", "circle", "square")} <= rows[-1].keys()
+
+
+@pytest.fixture(scope="module")
+def tool():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(TOOLS)
+        yield load_tool("probe")
+
+
+@pytest.fixture(scope="module")
+def run(tool, tiny):
+    """Call the program's main in this process; the exit code is returned."""
+
+    def call(output, *words):
+        words = [*words, "--output", output, *paths(tiny), *SMALL, "train.max_iter=3"]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", ["probe.py", *map(str, words)])
+            try:
+                tool.main()
+            except SystemExit as end:
+                return end.code
+            finally:  # or the next call would log here too
+                for name in ("detbackbones", "detectron2", "fvcore"):
+                    logging.getLogger(name).handlers.clear()
+                    logging.getLogger(name).propagate = True
+                setup_logger.cache_clear()
+                _cached_log_stream.cache_clear()
+        return 0
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    file = tmp_path_factory.mktemp("weights") / "backbone.pth"
+    torch.manual_seed(7)
+    state = TimmBackbone("test_resnet").state_dict()
+    torch.save({key.removeprefix("model."): value for key, value in state.items()}, file)
+    return file
+
+
+@pytest.fixture(scope="module")
+def probed(run, checkpoint, tmp_path_factory):
+    output = tmp_path_factory.mktemp("probe") / "my probes"
+    models = f"test_resnet=random,test_resnet={checkpoint},test_rasnet,test_vit=random"
+    code = run(output, "--models", models, "--heads=linear,dpt")
+    return output, code, json.loads((output / "probe.json").read_text())["runs"]
+
+
+def test_one_that_fails_does_not_end_the_others(probed, checkpoint):
+    _, code, runs = probed
+    weights = ["random", str(checkpoint), "pretrained", "random"]
+    assert code == 1
+    assert [run["weights"] for run in runs] == 2 * weights
+    assert [run["head"] for run in runs] == 4 * ["linear"] + 4 * ["dpt"]
+    for run in runs:
+        if run["model"] == "test_rasnet":
+            assert "'test_rasnet' is no timm model: the nearest are" in run["error"]
+        else:
+            assert 0 <= run["mIoU"] <= run["accuracy"] <= 100 and run["seconds"] > 0
+
+
+def test_the_figures_are_those_of_the_runs(probed):
+    output, _, runs = probed
+    (first, *_, last) = runs
+    metrics = (output / "linear_test_resnet_random" / "metrics.json").read_text().splitlines()
+    assert first["mIoU"] == json.loads(metrics[-1])["sem_seg/mIoU"]
+    sizes = {}
+    for name, run in ("test_resnet", first), ("test_vit", last):
+        sizes[name] = sum(p.numel() for p in TimmBackbone(name, freeze_at=5).parameters())
+        assert run["backbone_parameters"] == sizes[name]
+    channels = [shape.channels for shape in TimmBackbone("test_resnet").output_shape().values()]
+    assert first["trained_parameters"] == 3 * sum(channels) + 3
+
+
+def test_table_and_picture(probed):
+    output, _, runs = probed
+    lines = (output / "probe.md").read_text().splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:10]]
+    for run, row in zip(runs, cells):
+        figures = [f"{run['mIoU']:.1f}", f"{run['accuracy']:.1f}"] if "mIoU" in run else ["-", "-"]
+        assert row[:5] == [run["model"], run["weights"], run["head"], *figures]
+    assert sum("test_rasnet, linear: model_name" in line for line in lines) == 1
+    assert min(Image.open(output / "probe.png").size) > 200
+
+
+def test_weights_of_a_file_are_the_backbone_s(probed, checkpoint):
+    output, *_ = probed
+    (folder,) = output.glob("linear_test_resnet_*backbone.pth")
+    state = torch.load(folder / "model_final.pth", weights_only=True)["model"]
+    weights = torch.load(checkpoint, weights_only=True)
+    kept = {k: v for k, v in weights.items() if f"backbone.model.{k}" in state}
+    assert len(kept) > 30
+    assert all(torch.equal(v, state[f"backbone.model.{k}"]) for k, v in kept.items())
+
+
+def test_the_cache_changes_nothing_but_the_time(probed, run, tmp_path):
+    _, _, runs = probed
+    assert run(tmp_path, "--models=test_resnet=random", "--cache=0") == 0
+    (again,) = json.loads((tmp_path / "probe.json").read_text())["runs"]
+    assert again["mIoU"] == pytest.approx(runs[0]["mIoU"], abs=0.1)
+
+
+def test_a_second_probe_is_refused_unless_asked(probed, run, capsys):
+    output, *_ = probed
+    assert run(output, "--models=test_resnet=random") == 2
+    assert "holds probes already: choose another" in capsys.readouterr().err
+    assert run(output, "--models=test_resnet=random", "--overwrite") == 0
+    assert len(json.loads((output / "probe.json").read_text())["runs"]) == 1
+
+
+WRONG = {
+    "head": (["--heads=liner"], "--heads='liner' is unknown: valid are 'dpt', 'fpn', 'linear'"),
+    "key": (["model.backbone.model_nam=x"], "'model.backbone.model_nam' is unknown"),
+    "data": (["dataset.train_images=nowhere"], "image_root 'nowhere'"),
+    "classes": (["dataset.num_classes=0"], "num_classes is 0"),
+}
+
+
+@pytest.mark.parametrize(("words", "message"), WRONG.values(), ids=WRONG)
+def test_wrong_arguments_are_refused(tool, tiny, tmp_path, monkeypatch, capsys, words, message):
+    argv = ["--models=test_resnet=random", f"--output={tmp_path / 'new'}", *paths(tiny), *SMALL]
+    monkeypatch.setattr(sys, "argv", ["probe.py", *argv, *words])
+    with pytest.raises(SystemExit) as stop:
+        tool.main()
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
