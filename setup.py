@@ -9,7 +9,10 @@ setup(
     # The LazyConfigs lie in configs/ at the top of the tree and inside the package in a wheel.
     packages=[*find_packages(include=["detbackbones", "detbackbones.*"]), "detbackbones.configs"],
     package_dir={"detbackbones.configs": "configs"},
-    package_data={"detbackbones.configs": ["**/*.py", "**/*.md"]},
+    package_data={
+        "detbackbones": ["catalog.json"],
+        "detbackbones.configs": ["**/*.py", "**/*.md"],
+    },
     install_requires=[
         "torch>=2.6",
         "torchvision>=0.21",

@@ -18,12 +18,15 @@ except ImportError as error:
 from .config import add_backbone_config, get_config, list_configs
 from .detr import TransformersDetector
 from .feature_backbone import FeatureBackbone
+from .heads import DPTHead, LinearHead
 from .pyramid import build_pyramid
 from .timm_backbone import TimmBackbone
 from .torchvision_backbone import TorchvisionBackbone
 
 __all__ = [
+    "DPTHead",
     "FeatureBackbone",
+    "LinearHead",
     "TimmBackbone",
     "TorchvisionBackbone",
     "TransformersDetector",
