@@ -19,7 +19,9 @@ def test_the_wheel_has_every_module_and_config(tmp_path):
     )
 
     (wheel,) = tmp_path.glob("detbackbones-*.whl")
-    packed = {name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".py")}
+    names = zipfile.ZipFile(wheel).namelist()
+    assert "detbackbones/catalog.json" in names
+    packed = {name for name in names if name.endswith(".py")}
     modules = {str(path.relative_to(ROOT)) for path in ROOT.glob("detbackbones/**/*.py")}
     configs = {f"detbackbones/{p.relative_to(ROOT)}" for p in ROOT.glob("configs/**/*.py")}
     assert configs

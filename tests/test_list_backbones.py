@@ -1,0 +1,251 @@
+"""The program that lists backbones: its data is what it measures, and it prints and draws it."""
+
+import csv
+import dataclasses
+import io
+import json
+import shutil
+import sys
+
+import pytest
+import timm
+import torch
+from conftest import TOOLS, load_tool
+from detbackbones import catalog
+from fvcore.nn import FlopCountAnalysis
+
+sys.path.insert(0, str(TOOLS))  # as for the program: it imports its neighbour
+list_backbones = load_tool("list_backbones")
+SWIN = "swin_tiny_patch4_window7_224"
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+
+
+@pytest.fixture
+def program(monkeypatch, capsys):
+    """Call the program's main in this process; what it prints is returned."""
+
+    def call(*words):
+        monkeypatch.setattr(sys, "argv", ["list_backbones.py", *map(str, words)])
+        list_backbones.main()
+        return capsys.readouterr().out
+
+    return call
+
+
+def test_data_is_of_every_model():
+    for source, names in (
+        ("timm", timm.list_models()),
+        ("torchvision", catalog.list_backbones(source="torchvision")),
+    ):
+        assert catalog.facts(source).keys() == set(names)
+
+
+@pytest.mark.parametrize(
+    "source, name",
+    [
+        ("timm", "resnet18"),
+        ("timm", "test_vit"),
+        ("timm", "vit_small_patch14_dinov2"),
+        ("timm", "pit_ti_224"),  # resampled
+        ("timm", "levit_128s"),  # of one size
+        ("timm", "coatnet_nano_cc_224"),  # of whole windows
+        ("torchvision", "regnet_y_400mf"),
+        ("torchvision", "swin_t"),
+    ],
+)
+def test_data_is_what_is_measured(source, name):
+    known = catalog.facts(source)[name]
+    assert catalog.Facts(source, *list_backbones.measure(source, name)) == known
+
+
+@pytest.mark.parametrize(
+    "source, name",
+    [
+        ("timm", "resnet18"),
+        ("timm", "vit_tiny_patch16_224"),
+        ("timm", "vit_small_patch14_dinov2"),
+        ("timm", "levit_128s"),
+        ("torchvision", "alexnet"),
+    ],
+)
+def test_the_neck_is_what_build_pyramid_makes(source, name):
+    from contract import SOURCES, Trial, check_build, check_neck
+
+    trial = Trial(name, SOURCES[source])
+    check_build(trial)
+    check_neck(trial)
+    kinds = {"SimpleFeaturePyramid": "sfp", "FPN": "fpn", "completed FPN": "fpn"}
+    kind = trial.row["neck"].removesuffix(" with patch_size=16")
+    assert kinds[kind] == catalog.facts(source)[name].neck
+
+
+@pytest.mark.parametrize("name", ["test_resnet", "test_efficientnet", "test_convnext"])
+def test_gmacs_are_those_of_fvcore_with_real_numbers(name):
+    image = 1, 3, 96, 96
+    models = []
+    for device in ("cpu", "meta"):
+        with torch.device(device):
+            models.append(timm.create_model(name, num_classes=0, global_pool="").eval())
+    expected = FlopCountAnalysis(models[0], torch.zeros(image)).total()
+    assert expected > 1e6
+    assert list_backbones.count_macs(models[1], image) == expected
+
+
+def test_gmacs_of_a_transposed_convolution():
+    image = 1, 4, 9, 9
+    convolution = torch.nn.ConvTranspose2d(4, 6, 3, stride=2, padding=1, output_padding=1, groups=2)
+    expected = FlopCountAnalysis(convolution, torch.zeros(image)).total()
+    assert list_backbones.count_macs(convolution.to("meta"), image) == expected > 0
+
+
+def test_gmacs_have_the_attention():
+    tokens, channels = 50, 64
+    attention = timm.layers.Attention(channels, num_heads=2).to("meta").eval()
+    linear, products = 4 * tokens * channels**2, 2 * tokens**2 * channels
+    assert list_backbones.count_macs(attention, (1, tokens, channels)) == linear + products
+
+
+def test_an_interrupted_run_goes_on(tmp_path, monkeypatch):
+    import contract
+
+    monkeypatch.setattr(catalog, "DATA", tmp_path / "catalog.json")
+    names = {"timm": ["test_resnet"], "torchvision": ["no such model"]}
+
+    def use(source):
+        listed = dataclasses.replace(contract.SOURCES[source], names=lambda: names[source])
+        monkeypatch.setitem(contract.SOURCES, source, listed)
+
+    use("timm")
+    use("torchvision")
+    (failure,) = list_backbones.write()
+    assert failure.startswith("torchvision no such model: ValueError: model_name='no such model'")
+    first = json.loads(catalog.DATA.read_text())
+    assert first["versions"] == list_backbones.VERSIONS
+    assert first["models"]["timm"].keys() == {"test_resnet"}
+
+    names |= {"timm": ["test_resnet", "test_vit"], "torchvision": []}
+    monkeypatch.setattr(list_backbones, "measure", lambda source, name: [name])
+    assert list_backbones.write() == []
+    models = json.loads(catalog.DATA.read_text())["models"]
+    assert models["timm"] == {**first["models"]["timm"], "test_vit": ["test_vit"]}
+
+
+def test_table(program):
+    lines = program("resnet1[08]*", "--sort", "params").splitlines()
+    assert lines[0].split()[:5] == ["source", "name", "params,", "M", "GMACs"]
+    rows = [line.split() for line in lines[2:] if line.startswith(("timm", "torchvision"))]
+    assert [row[1] for row in rows[:2]] == ["resnet10t", "resnet18"]
+    resnet18 = rows[1]
+    assert resnet18[2:12] == "11.2 1.82 4 8 16 32 64 128 256 512".split()
+    assert resnet18[12:14] == ["any", "BatchNorm2d"]
+    params = [float(row[2]) for row in rows]
+    assert params == sorted(params)
+    assert "a1_in1k" in program("resnet18")
+    assert " @384 " in program("maxvit_tiny_tf_384")
+
+
+@pytest.mark.parametrize("form", ["--json", "--csv"])
+def test_json_and_csv(program, form):
+    text = program("swin_t*", form)
+    rows = json.loads(text) if form == "--json" else list(csv.DictReader(io.StringIO(text)))
+    assert {row["source"] for row in rows} == {"timm", "torchvision"}
+    (row,) = (row for row in rows if row["name"] == "swin_t")
+    known = catalog.facts("torchvision")["swin_t"]
+    assert int(row["params"]) == known.params
+    assert float(row["gmacs"]) == known.gmacs
+    lists = {"strides": [4, 8, 16, 32], "channels": [96, 192, 384, 768]}
+    lists |= {"weights": ["IMAGENET1K_V1"], "batch_norm": []}
+    for key, value in lists.items():
+        assert row[key] == (value if form == "--json" else " ".join(map(str, value)))
+
+
+def test_filters(program):
+    words = ["*net*", "--max-params", 10, "--max-gmacs", 1, "--stride", 4, "--neck", "fpn"]
+    rows = json.loads(program(*words, "--json", "--sort", "gmacs", "--pretrained"))
+    assert {"efficientnet_b0", "mobilenetv3_large_100"} <= {row["name"] for row in rows}
+    assert all(
+        row["params"] <= 10e6 and row["gmacs"] <= 1 and 4 in row["strides"] and row["weights"]
+        for row in rows
+    )
+    gmacs = [row["gmacs"] for row in rows]
+    assert gmacs == sorted(gmacs)
+
+
+def test_nothing_found(program, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        program("resnet18", "--max-params", 1)
+    assert capsys.readouterr().err == "list_backbones: no model fits: pattern 'resnet18'\n"
+
+
+def test_a_page_is_not_written_over_a_file(program, tmp_path, capsys):
+    file = tmp_path / "mine.html"
+    file.write_text("mine")
+    with pytest.raises(SystemExit, match="2"):
+        program("resnet18", "--html", file)
+    assert f"File exists: '{file}'" in capsys.readouterr().err
+    assert file.read_text() == "mine"
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """A headless Chromium."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")
+    if not CHROMIUM:
+        pytest.skip("needs Chromium")
+    with playwright.sync_playwright() as running:
+        chromium = running.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield chromium
+        chromium.close()
+
+
+def test_page(program, browser, tmp_path):
+    file = tmp_path / "backbones.html"
+    program("--html", file)
+    page = browser.new_page(viewport={"width": 1500, "height": 900})
+    requests, errors = [], []
+    page.on("request", lambda request: requests.append(request.url))
+    page.on("pageerror", lambda error: errors.append(error))
+    page.goto(file.as_uri())
+
+    def column(title):
+        titles = page.locator("thead th").all_inner_texts()
+        index = next(i for i, text in enumerate(titles) if text.startswith(title))
+        return page.locator(f"tbody tr td:nth-child({index + 1})").all_inner_texts()
+
+    def facts():
+        return [
+            catalog.facts(source)[name] for source, name in zip(column("Source"), column("Model"))
+        ]
+
+    count = sum(len(catalog.facts(source)) for source in ("timm", "torchvision"))
+    assert len(column("Model")) == count
+    assert page.inner_text("#count") == f"{count} of {count} models"
+
+    page.fill("#search", "swin")
+    names = column("Model")
+    assert len(names) < count and SWIN in names
+    assert all("swin" in name + weights for name, weights in zip(names, column("Weights")))
+
+    by_params = page.get_by_role("button", name="Params")
+    by_params.click()
+    params = [known.params for known in facts()]
+    assert params == sorted(params) and len(params) == len(names)
+    by_params.click()
+    assert [known.params for known in facts()] == params[::-1]
+    page.select_option("#stride", "4")
+    page.screenshot(path=tmp_path / "page.png")
+    assert {text.split()[0] for text in column("Strides")} == {"4"}
+
+    page.fill("#search", "")
+    listed = {
+        source: catalog.list_backbones(source=source, stride=4)
+        for source in ("timm", "torchvision")
+    }
+    assert sorted(column("Model")) == sorted(listed["timm"] + listed["torchvision"])
+    page.fill("#params", "10")
+    page.select_option("#source", "torchvision")
+    found = catalog.list_backbones(source="torchvision", stride=4, max_params=10e6)
+    assert sorted(column("Model")) == sorted(found)
+    page.get_by_role("button", name="Reset").click()
+    page.wait_for_function(f"document.querySelectorAll('tbody tr').length === {count}")
+    assert requests == [file.as_uri()] and not errors
