@@ -36,5 +36,8 @@ setup(
         "tqdm>4.29.0",
         "yacs>=0.1.8",
     ],
-    extras_require={"detr": ["scipy", "transformers>=5.23"], "test": ["pytest", "ruff"]},
+    extras_require={
+        "detr": ["scipy", "transformers>=5.23"],
+        "test": ["playwright", "pytest", "ruff"],
+    },
 )

@@ -213,6 +213,8 @@ def test_a_second_probe_is_refused_unless_asked(probed, run, capsys):
 WRONG = {
     "head": (["--heads=liner"], "--heads='liner' is unknown: valid are 'dpt', 'fpn', 'linear'"),
     "key": (["model.backbone.model_nam=x"], "'model.backbone.model_nam' is unknown"),
+    "output": (["train.output_dir=x"], "train.output_dir is a folder of each run: set --output"),
+    "model": (["model.backbone.model_name=x"], "model.backbone.model_name is of each run: set"),
     "data": (["dataset.train_images=nowhere"], "image_root 'nowhere'"),
     "classes": (["dataset.num_classes=0"], "num_classes is 0"),
 }

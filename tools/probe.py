@@ -155,6 +155,11 @@ def parse_arguments() -> argparse.Namespace:
     try:
         for head in args.heads.split(","):
             one_of("--heads", head, sorted(path.stem for path in CONFIGS.glob("*.py")))
+        for key in (word.partition("=")[0] for word in args.opts):
+            if key == "train.output_dir":
+                raise ValueError("train.output_dir is a folder of each run: set --output")
+            if re.fullmatch(r"model\.backbone.*\.(model_name|pretrained|checkpoint_path)", key):
+                raise ValueError(f"{key} is of each run: set --models NAME or NAME=WEIGHTS")
         if (args.output / "probe.json").exists() and not args.overwrite:
             raise FileExistsError(
                 f"--output {args.output} holds probes already: choose another, or replace them "
