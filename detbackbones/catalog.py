@@ -23,6 +23,7 @@ from .timm_backbone import TimmBackbone
 from .timm_models import all_levels, create
 
 DATA = Path(__file__).parent / "catalog.json"  # written by tools/list_backbones.py --write
+SOURCES = ("timm", "torchvision")
 NECKS = ("fpn", "sfp")
 _DEFAULT_INDICES = (1, 2, 3, 4)
 
@@ -63,8 +64,8 @@ class FeatureBackboneConfig:
     Attributes:
         model_name, pretrained, drop_rate, drop_path_rate, extra_kwargs: as in
             :class:`BackboneConfig`.
-        out_indices: timm's indices of the levels. In a model that has no level 4 (ConvNeXt, Swin)
-            the default is for every level of stride 4 and more.
+        out_indices: timm's indices of the levels, which come in ascending order. In a model that
+            has no level 4 (ConvNeXt, Swin) the default is for every level of stride 4 and more.
     """
 
     model_name: str = "resnet50"
@@ -118,6 +119,9 @@ def create_backbone(cfg: BackboneConfig | str) -> nn.Module:
 def create_feature_backbone(cfg: FeatureBackboneConfig | str) -> FeatureMaps:
     """Create a timm model that gives a list of feature maps (N, C, h, w), fine to coarse.
 
+    Images must be padded to what the model takes: ``.backbone.size_divisibility`` and
+    ``.backbone.padding_constraints`` of the result say to what.
+
     Args:
         cfg: a config, or the name of a model, whose pretrained weights are then loaded and whose
             every level of stride 4 and more is given.
@@ -136,7 +140,8 @@ def create_feature_backbone(cfg: FeatureBackboneConfig | str) -> FeatureMaps:
     kwargs = _with_rates(name, cfg, extra)
     found = all_levels(name, in_chans=in_channels, **kwargs)
     indices = cfg.out_indices
-    if every or tuple(indices) == _DEFAULT_INDICES and not {*indices} <= {*found.indices}:
+    default = indices in (_DEFAULT_INDICES, [*_DEFAULT_INDICES])
+    if every or default and not {*indices} <= {*found.indices}:
         levels = zip(found.indices, found.trace.levels)
         indices = [index for index, level in levels if level.stride >= 4]
     backbone = TimmBackbone(
@@ -173,7 +178,16 @@ def _with_rates(
 
 
 def get_backbone_out_features(backbone: nn.Module) -> int:
-    """The number of features that a backbone of :func:`create_backbone` gives."""
+    """The number of features that a backbone of :func:`create_backbone` gives.
+
+    Raises:
+        AttributeError: if it is no such backbone.
+    """
+    if not hasattr(backbone, "num_features"):
+        raise AttributeError(
+            f"{type(backbone).__name__} has no num_features: create_backbone makes a backbone that "
+            "has; of a feature backbone take get_feature_channels"
+        )
     # The features before the last layer of the head, where that is not just the pooling.
     return getattr(backbone, "head_hidden_size", backbone.num_features)
 
@@ -190,7 +204,8 @@ def get_feature_info(backbone: nn.Module) -> list[dict[str, Any]]:
     info = getattr(backbone, "feature_info", None)
     if not hasattr(info, "get_dicts"):
         raise AttributeError(
-            f"{type(backbone).__name__} is no feature backbone: create_feature_backbone makes one"
+            f"{type(backbone).__name__} has no feature_info: create_feature_backbone makes a "
+            "feature backbone; those of detectron2 have output_shape()"
         )
     return info.get_dicts()
 
@@ -265,7 +280,7 @@ def list_backbones(
     max_params: float | None = None,
     max_gmacs: float | None = None,
     stride: int | None = None,
-    necks: Collection[str] | None = None,
+    necks: str | Collection[str] | None = None,
 ) -> list[str] | list[tuple[str, ModelSource]]:
     """List models that can be backbones; those of unknown size pass no filter but the first two.
 
@@ -281,11 +296,20 @@ def list_backbones(
             (on the one level of a ViT); see :func:`detbackbones.build_pyramid`.
 
     Raises:
-        ValueError: if the source or a neck is unknown.
+        ValueError: if the source or a neck is unknown, or a filter fits no model of any source.
     """
-    one_of("source", source, ("timm", "torchvision"))
+    one_of("source", source, SOURCES)
+    necks = {necks} if isinstance(necks, str) else necks
     for neck in necks or ():
         one_of("necks", neck, NECKS)
+    if any(limit is not None for limit in (max_params, max_gmacs, stride)):
+        everything = [known for name in SOURCES for known in facts(name).values()]
+        if stride is not None:
+            one_of("stride", stride, sorted({s for known in everything for s in known.strides}))
+        for parameter, limit in (("params", max_params), ("gmacs", max_gmacs)):
+            least = min(getattr(known, parameter) for known in everything)
+            if limit is not None and not limit >= least:
+                raise ValueError(f"max_{parameter}={limit} fits no model: the smallest has {least}")
     if source == "timm":
         names = timm.list_models(pattern or "*", pretrained=pretrained_only)
     else:  # all of these have weights
@@ -305,9 +329,19 @@ def list_backbones(
 
 
 def get_model_source(model_name: str) -> ModelSource:
-    """The hub for ``hf-hub:``, ``hf_hub:`` and ``timm/`` before the name, else timm."""
-    on_hub = _timm_name(model_name).startswith("hf-hub:")
-    return ModelSource.HF_HUB if on_hub else ModelSource.TIMM
+    """The hub for ``hf-hub:``, ``hf_hub:`` and ``timm/`` before the name, else the library.
+
+    Raises:
+        ValueError: if neither timm nor torchvision has such a model.
+    """
+    if _timm_name(model_name).startswith("hf-hub:"):
+        return ModelSource.HF_HUB
+    name = model_name.partition(".")[0]
+    if timm.is_model(name):  # resnet50 is a name of both: create_backbone creates timm's
+        return ModelSource.TIMM
+    ours = torchvision.models.list_models(module=torchvision.models)
+    one_of("model_name", name, dict.fromkeys([*ours, *timm.list_models()]))
+    return ModelSource.TORCHVISION
 
 
 def list_hf_hub_backbones(

@@ -1,5 +1,6 @@
 """Which modules of a model give feature maps, and which of them to take as levels."""
 
+import math
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -12,6 +13,8 @@ from torchvision.models.feature_extraction import create_feature_extractor, get_
 
 from .levels import measure_shape, meta_state, run_on_meta, trace
 from .torchvision_backbone import TRACER
+
+ALIGNED = 32  # the coarsest stride of nearly all models
 
 
 @dataclass(frozen=True)
@@ -76,7 +79,8 @@ def find_layers(
 
     A square image cannot tell a map from, say, the (N, heads, L, L) of an attention. What is a map
     must therefore be one of an image twice as wide too; in a model that takes no such image, it
-    must be a whole fraction of the image.
+    must be a whole fraction of the image. The larger image is also padded to a multiple of
+    ``ALIGNED``, for strides cannot be seen in an image that is none.
 
     Args:
         model: maps (N, C, H, W) images to anything; left as it is.
@@ -87,7 +91,7 @@ def find_layers(
         the maps in the order in which their modules end, each shape of a module once.
 
     Raises:
-        ValueError: if the model does not take such images.
+        ValueError: if the model does not take such images, or they do not show its strides.
     """
     try:
         layers = _measure(model, size, in_channels)
@@ -96,17 +100,25 @@ def find_layers(
         raise ValueError(
             f"size={size[0]}x{size[1]} does not suit {type(model).__name__}: {reason}"
         ) from error
+    height, width = (math.ceil(n / ALIGNED) * ALIGNED for n in size)
+    aligned = (height, width) == size
     try:
-        wide = _measure(model, (size[0], 2 * size[1]), in_channels)
-    except Exception:
-        return [layer for layer in layers if not layer.resampled]
+        wide = _measure(model, (height, 2 * width), in_channels)
+    except Exception as error:
+        whole = [layer for layer in layers if not layer.resampled]
+        if layers and not whole:
+            raise ValueError(
+                f"size={size[0]}x{size[1]} must be a multiple of {ALIGNED} for the strides of "
+                f"{type(model).__name__} to be seen, which takes images of this size alone"
+            ) from error
+        return whole
     others = {(layer.name, layer.channels, layer.layout): layer for layer in wide}
     found = []
     for layer in layers:
         other = others.get((layer.name, layer.channels, layer.layout))
         if other:  # 8 rows of 224 pixels are of stride 32 if 15 columns of 448 are
-            stride = other.stride if other.resampled else layer.stride
-            resampled = other.resampled or layer.resampled
+            stride = layer.stride if aligned and not other.resampled else other.stride
+            resampled = other.resampled or aligned and layer.resampled
             found.append(replace(layer, stride=stride, resampled=resampled))
     return found
 

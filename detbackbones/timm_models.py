@@ -9,6 +9,7 @@ from typing import Any
 
 import timm
 import torch
+import torchvision
 from timm.layers import Format, PatchEmbed
 from timm.models import get_arch_pretrained_cfgs
 from timm.models._features import FeatureGetterNet
@@ -160,9 +161,10 @@ def create(
     name, _, tag = model_name.partition(".")
     if ":" not in model_name:
         if not timm.is_model(name):
-            raise ValueError(
-                f"model_name={model_name!r} is no timm model: {nearest(name, timm.list_models())}"
-            )
+            hint = nearest(name, timm.list_models())
+            if name in torchvision.models.list_models(module=torchvision.models):
+                hint = "it is one of torchvision, of which TorchvisionBackbone makes a backbone"
+            raise ValueError(f"model_name={model_name!r} is no timm model: {hint}")
         tags = get_arch_pretrained_cfgs(name) if tag else ()
         if tag and model_name not in tags:
             raise ValueError(

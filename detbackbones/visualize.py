@@ -16,6 +16,7 @@ from detectron2.utils.colormap import colormap
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
+from matplotlib.ticker import MaxNLocator
 
 from .trainer import main_losses
 
@@ -283,11 +284,10 @@ def draw_curves(metrics_file: str | Path, path: str | Path) -> Path:
     axes = figure.subplot_mosaic(columns, height_ratios=[4, 1])
     for name in sorted(losses, key=lambda name: (name != "total_loss", name)):
         iterations, values = _smooth(*curves[name])
-        total = name == "total_loss"
-        axes["loss"].plot(
-            iterations, values, label=name, lw=2 if total else 1.2, color="black" if total else None
-        )
-    axes["lr"].plot(*curves.get("lr", ((), ())), color="gray", lw=1)
+        look = {"lw": 2, "color": "black"} if name == "total_loss" else {"lw": 1.2}
+        axes["loss"].plot(iterations, values, _marker(values), label=name, **look)
+    if "lr" in curves:
+        axes["lr"].plot(*curves["lr"], _marker(curves["lr"][0]), color="gray", lw=1)
     for name in sorted(metrics):
         axes["metric"].plot(*curves[name], marker="o", markersize=4, label=name)
     for key, label in ("loss", "loss"), ("lr", "learning rate"), ("metric", "percent"):
@@ -299,6 +299,7 @@ def draw_curves(metrics_file: str | Path, path: str | Path) -> Path:
                 axes[key].sharex(axes["lr"])
                 axes[key].legend(fontsize=9)
             axes[key].set_xlabel("iteration")
+            axes[key].xaxis.set_major_locator(MaxNLocator(integer=True))
     axes["loss"].tick_params(labelbottom=False)
     axes["loss"].set_xlabel("")
     return _save(figure, path)
@@ -319,6 +320,11 @@ def _read_curves(metrics_file: str | Path) -> dict[str, tuple[np.ndarray, np.nda
         name: tuple(np.array(sorted(values.items()), dtype=float).T)
         for name, values in scalars.items()
     }
+
+
+def _marker(values: np.ndarray) -> str:
+    """The format of a curve: a line, or a dot where there is one value alone."""
+    return "-" if len(values) > 1 else "."
 
 
 def _smooth(iterations: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -137,8 +137,13 @@ def test_other_channels_of_the_images():
     "function", [at.get_feature_info, at.get_feature_channels, at.get_feature_strides]
 )
 def test_a_model_without_feature_maps_has_no_levels(function):
-    with pytest.raises(AttributeError, match="ResNet is no feature backbone: create_feature"):
+    with pytest.raises(AttributeError, match="ResNet has no feature_info: create_feature"):
         function(timm.create_model("test_resnet"))
+
+
+def test_what_gives_no_pooled_features_has_no_number_of_them():
+    with pytest.raises(AttributeError, match="FeatureMaps has no num_features: create_backbone"):
+        at.get_backbone_out_features(at.create_feature_backbone(features("test_resnet")))
 
 
 @pytest.mark.parametrize(
@@ -151,7 +156,17 @@ def test_a_model_without_feature_maps_has_no_levels(function):
             r"out_indices=\[2, 9\] must be different levels of resnet18, 0 to 4",
         ),
         (lambda: at.list_backbones(source="timn"), "source='timn' is unknown: .*'timm'"),
+        (
+            lambda: at.create_feature_backbone(features("resnet18", out_indices=3)),
+            "out_indices=3 must be a list of whole numbers",
+        ),
+        (lambda: at.create_backbone("alexnet"), "'alexnet' is no timm model: .*Torchvision"),
+        (lambda: at.get_model_source("resnet51"), "model_name='resnet51' is unknown: .*'resnet50'"),
         (lambda: at.list_backbones(necks={"pan"}), "necks='pan' is unknown: .*'fpn', 'sfp'"),
+        (lambda: at.list_backbones(necks="pan"), "necks='pan' is unknown: .*'fpn', 'sfp'"),
+        (lambda: at.list_backbones(stride=3), "stride=3 is unknown: valid are 4, 8, 14, 16, 32"),
+        (lambda: at.list_backbones(max_params=30), "max_params=30 fits no model: the smallest has"),
+        (lambda: at.list_backbones(max_gmacs=-1), "max_gmacs=-1 fits no model: the smallest has"),
     ],
 )
 def test_what_is_wrong_is_refused_with_a_sentence(call, message):
@@ -181,6 +196,7 @@ def test_lists_without_filters_are_those_of_the_libraries():
         ({"stride": 4}, ["resnet50", SWIN], ["vit_tiny_patch16_224", "levit_128"]),
         ({"stride": 14}, ["vit_small_patch14_dinov2"], ["vit_tiny_patch16_224"]),
         ({"necks": {"sfp"}}, ["vit_tiny_patch16_224"], ["resnet50"]),
+        ({"necks": "sfp"}, ["vit_tiny_patch16_224"], ["resnet50"]),
         ({"necks": {"fpn", "sfp"}}, ["vit_tiny_patch16_224", "resnet50"], []),
         ({"necks": {"fpn"}, "max_gmacs": 2}, ["resnet18", "levit_128"], ["resnet50", SWIN]),
         ({"pretrained_only": True, "stride": 4}, ["resnet18.a1_in1k"], ["resnet18"]),
@@ -200,6 +216,7 @@ def test_filters(filters, has, has_not):
     [
         ("resnet50", ModelSource.TIMM),
         ("resnet50.a1_in1k", "timm"),
+        ("alexnet", "torchvision"),
         ("hf-hub:timm/resnet50.a1_in1k", ModelSource.HF_HUB),
         ("hf_hub:timm/resnet50.a1_in1k", "hf_hub"),
         ("timm/vit_base_patch16_224", ModelSource.HF_HUB),

@@ -84,6 +84,26 @@ def test_what_is_suggested_works(name, expected):
     assert measured == {layer.name: (layer.channels, layer.stride) for layer in found}
 
 
+@pytest.mark.parametrize("size", [33, 65, 100, 223])
+def test_strides_do_not_depend_on_the_size(size):
+    model, _, layers = discover_layers.discover("timm", "resnet18", size)
+    found = discover_layers.suggested(model, layers)
+    assert [(layer.name, layer.stride) for layer in found] == [
+        ("layer4", 32),
+        ("layer3", 16),
+        ("layer2", 8),
+        ("layer1", 4),
+    ]
+    assert not any(layer.resampled for layer in layers)
+    assert found[0].height == -(-size // 32)
+
+
+def test_a_size_that_hides_the_strides_is_refused():
+    model = timm.create_model("swin_tiny_patch4_window7_224", img_size=250)
+    with pytest.raises(ValueError, match="size=250x250 must be a multiple of 32 for the strides"):
+        find_layers(model, (250, 250))
+
+
 @pytest.mark.parametrize(
     "name, size",
     [
@@ -153,7 +173,7 @@ def run(monkeypatch, *words):
 @pytest.mark.parametrize(
     "words, status, sentences",
     [
-        (["resnet18", "--check", "layer4,layer3=256x14x14"], 0, []),
+        (["resnet18", "--check", "layer4, layer3 = 256x14x14"], 0, []),
         (
             ["resnet18", "--check", "layer5,layer4=512x8x8,fc,layer3"],
             1,
@@ -182,6 +202,7 @@ def run(monkeypatch, *words):
         ),
         (["resnet", "--check", "layer4"], 2, ["model_name='resnet' is no timm model: the nearest"]),
         (["resnet", "--source", "torchvision"], 2, ["model_name='resnet' is unknown: the nearest"]),
+        (["alexnet"], 2, ["'alexnet' is no timm model: it is one of torchvision"]),
         ([], 2, ["give the name of a model, or --write without one"]),
         (["resnet18", "--size", "8"], 2, ["--size 8 must be at least 32"]),
     ],

@@ -172,9 +172,20 @@ def test_filters(program):
 
 
 def test_nothing_found(program, capsys):
-    with pytest.raises(SystemExit, match="2"):
-        program("resnet18", "--max-params", 1)
-    assert capsys.readouterr().err == "list_backbones: no model fits: pattern 'resnet18'\n"
+    for words, hint in (
+        (("resnet18", "--max-params", 1), ""),
+        (("convnxt_tiny", "resnet*", "--max-params", 1), "; to 'convnxt_tiny' the nearest are"),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            program(*words)
+        error = capsys.readouterr().err
+        assert error.startswith(f"list_backbones: no model fits what is asked{hint}")
+        assert ("nearest" in error) == bool(hint)
+
+
+def test_several_patterns(program):
+    rows = json.loads(program("resnet18", "resnet3?", "--source", "timm", "--json"))
+    assert [row["name"] for row in rows] == ["resnet18", "resnet34"]
 
 
 def test_a_page_is_not_written_over_a_file(program, tmp_path, capsys):

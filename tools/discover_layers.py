@@ -179,7 +179,7 @@ def check(source: str, name: str, words: str, size: int | None) -> Iterator[str]
     shapes = {layer.name: layer.shape for layer in layers if not layer.note}
     wrong, names = False, []
     for word in words.split(","):
-        layer, _, expected = word.strip().partition("=")
+        layer, _, expected = (part.strip() for part in word.partition("="))
         names.append(layer)
         fault = ""
         try:

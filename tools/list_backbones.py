@@ -17,6 +17,7 @@ interrupted goes on.
 
 import argparse
 import csv
+import fnmatch
 import json
 import math
 import sys
@@ -28,6 +29,7 @@ import timm
 import torch
 import torchvision
 from detbackbones import catalog
+from detbackbones.messages import nearest
 from fvcore.nn import FlopCountAnalysis
 from tabulate import tabulate
 from torch import nn
@@ -165,7 +167,7 @@ def select(args: argparse.Namespace) -> list[dict[str, Any]]:
     for source in [args.source] if args.source else list(VERSIONS):
         tags = pretrained_tags(source)
         names = catalog.list_backbones(
-            args.pattern,
+            args.patterns,
             source=source,
             max_params=args.max_params and args.max_params * 1e6,
             max_gmacs=args.max_gmacs,
@@ -194,7 +196,10 @@ def select(args: argparse.Namespace) -> list[dict[str, Any]]:
     if unknown:
         print(f"{len(unknown)} models are not in the data: --write measures them", file=sys.stderr)
     if not rows:
-        raise ValueError(f"no model fits: pattern {args.pattern!r}")
+        every = {name for source in VERSIONS for name in catalog.facts(source)}
+        none = [pattern for pattern in args.patterns if not fnmatch.filter(every, pattern)]
+        hints = [f"to {pattern!r} {nearest(pattern, every)}" for pattern in none]
+        raise ValueError("; ".join(["no model fits what is asked", *hints]))
     return sorted(rows, key=lambda row: row[args.sort]) if args.sort else rows
 
 
@@ -244,7 +249,9 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("pattern", nargs="?", default="", help="of the names, with wildcards")
+    parser.add_argument(
+        "patterns", nargs="*", metavar="PATTERN", help="of the names, with wildcards"
+    )
     parser.add_argument("--source", choices=tuple(VERSIONS), help="default: both")
     parser.add_argument("--pretrained", action="store_true", help="only models with weights")
     parser.add_argument("--max-params", type=float, metavar="MILLIONS")
