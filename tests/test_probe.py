@@ -4,6 +4,7 @@ import json
 import logging
 import sys
 
+import huggingface_hub
 import pytest
 import torch
 from conftest import TOOLS, load_tool
@@ -208,6 +209,14 @@ def test_a_second_probe_is_refused_unless_asked(probed, run, capsys):
     assert "holds probes already: choose another" in capsys.readouterr().err
     assert run(output, "--models=test_resnet=random", "--overwrite") == 0
     assert len(json.loads((output / "probe.json").read_text())["runs"]) == 1
+
+
+def test_without_weights_it_says_how_to_give_others(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    assert run(tmp_path, "--models=test_resnet") == 1
+    text = (tmp_path / "probe.md").read_text()
+    assert "could not be downloaded" in text
+    assert "; here that is --models test_resnet=FILE or test_resnet=random" in text
 
 
 WRONG = {

@@ -116,10 +116,11 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     figure = Figure((8, 1.4 + 0.3 * len(backbones) * (len(heads) + 1)), 100, layout="constrained")
     axes = figure.subplots()
     for i, head in enumerate(heads):
-        done = [row for row in rows if row["head"] == head and "mIoU" in row]
-        at = [backbones.index(label(row)) + (i - (len(heads) - 1) / 2) * height for row in done]
-        bars = axes.barh(at, [row["mIoU"] for row in done], height, label=head)
-        axes.bar_label(bars, fmt="%.1f", padding=3, fontsize=9)
+        runs = [row for row in rows if row["head"] == head]
+        at = [backbones.index(label(row)) + (i - (len(heads) - 1) / 2) * height for row in runs]
+        bars = axes.barh(at, [row.get("mIoU", 0) for row in runs], height, label=head)
+        texts = [f"{row['mIoU']:.1f}" if "mIoU" in row else "failed" for row in runs]
+        axes.bar_label(bars, texts, padding=3, fontsize=9)
     axes.set_yticks(range(len(backbones)), backbones)
     axes.set_ylim(len(backbones) - 0.5, -0.5)
     axes.set_xlim(0, 108)  # with room for the figure of a long bar
