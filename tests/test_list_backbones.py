@@ -213,6 +213,7 @@ def test_page(program, browser, tmp_path):
     file = tmp_path / "backbones.html"
     program("--html", file)
     page = browser.new_page(viewport={"width": 1500, "height": 900})
+    page.set_default_timeout(240_000)  # ms; a busy machine takes long for 1451 rows
     requests, errors = [], []
     page.on("request", lambda request: requests.append(request.url))
     page.on("pageerror", lambda error: errors.append(error))
