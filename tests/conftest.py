@@ -3,6 +3,7 @@
 import importlib.util
 import logging
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -31,14 +32,12 @@ def train_net():
     return load_tool("train_net")
 
 
-@pytest.fixture
-def run_train_net(train_net, monkeypatch):
-    """Call the program's main in this process; the exit code is returned."""
-
-    def call(*words):
-        monkeypatch.setattr(sys, "argv", ["train_net.py", *map(str, words)])
+def run_main(program, *words):
+    """Call a training program's main in this process; the exit code is returned."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [program.__name__, *map(str, words)])
         try:
-            train_net.main()
+            program.main()
         except SystemExit as end:
             return end.code
         finally:  # or the next call would log here too
@@ -47,6 +46,10 @@ def run_train_net(train_net, monkeypatch):
                 logging.getLogger(name).propagate = True
             setup_logger.cache_clear()
             _cached_log_stream.cache_clear()
-        return 0
+    return 0
 
-    return call
+
+@pytest.fixture
+def run_train_net(train_net):
+    """Call the program's main in this process; the exit code is returned."""
+    return partial(run_main, train_net)

@@ -1,20 +1,18 @@
 """Probes: their configs, on data of one's own and on registered data, and tools/probe.py."""
 
 import json
-import logging
 import sys
 
 import huggingface_hub
 import pytest
 import torch
-from conftest import TOOLS, load_tool
+from conftest import TOOLS, load_tool, run_main
 from detbackbones import FeatureBackbone, TimmBackbone, get_config
 from detbackbones.checkpoint import Checkpointer
 from detbackbones.data import register_coco
 from detbackbones.overrides import apply_overrides
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_panoptic_separated
-from detectron2.utils.logger import _cached_log_stream, setup_logger
 from PIL import Image
 
 SMALL = [
@@ -115,19 +113,7 @@ def run(tool, tiny):
 
     def call(output, *words):
         words = [*words, "--output", output, *paths(tiny), *SMALL, "train.max_iter=3"]
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(sys, "argv", ["probe.py", *map(str, words)])
-            try:
-                tool.main()
-            except SystemExit as end:
-                return end.code
-            finally:  # or the next call would log here too
-                for name in ("detbackbones", "detectron2", "fvcore"):
-                    logging.getLogger(name).handlers.clear()
-                    logging.getLogger(name).propagate = True
-                setup_logger.cache_clear()
-                _cached_log_stream.cache_clear()
-        return 0
+        return run_main(tool, *words)
 
     return call
 

@@ -75,13 +75,9 @@ class DPTHead(SegmentationHead):
     def from_config(cls, cfg: CfgNode, input_shape: Mapping[str, ShapeSpec]) -> dict[str, Any]:
         """Arguments from the yacs keys under MODEL.SEM_SEG_HEAD."""
         return {
-            "input_shape": input_shape,
-            "num_classes": cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES,
-            "in_features": cfg.MODEL.SEM_SEG_HEAD.IN_FEATURES or None,
+            **super().from_config(cfg, input_shape),
             "conv_dims": cfg.MODEL.SEM_SEG_HEAD.CONVS_DIM,
             "norm": cfg.MODEL.SEM_SEG_HEAD.NORM,
-            "loss_weight": cfg.MODEL.SEM_SEG_HEAD.LOSS_WEIGHT,
-            "ignore_value": cfg.MODEL.SEM_SEG_HEAD.IGNORE_VALUE,
         }
 
     def layers(self, features: Mapping[str, torch.Tensor]) -> torch.Tensor:

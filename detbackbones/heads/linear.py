@@ -1,11 +1,10 @@
 """LinearHead: a linear classifier of pixels."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
-from detectron2.config import CfgNode, configurable
+from detectron2.config import configurable
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import SEM_SEG_HEADS_REGISTRY
 from torch import nn
@@ -56,17 +55,6 @@ class LinearHead(SegmentationHead):
             nn.init.normal_(conv.weight, std=0.01)
             self.classifiers.append(nn.Sequential(Standardise(channels), conv))
         nn.init.zeros_(self.classifiers[0][1].bias)
-
-    @classmethod
-    def from_config(cls, cfg: CfgNode, input_shape: Mapping[str, ShapeSpec]) -> dict[str, Any]:
-        """Arguments from the yacs keys under MODEL.SEM_SEG_HEAD."""
-        return {
-            "input_shape": input_shape,
-            "num_classes": cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES,
-            "in_features": cfg.MODEL.SEM_SEG_HEAD.IN_FEATURES or None,
-            "loss_weight": cfg.MODEL.SEM_SEG_HEAD.LOSS_WEIGHT,
-            "ignore_value": cfg.MODEL.SEM_SEG_HEAD.IGNORE_VALUE,
-        }
 
     def layers(self, features: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Logits (N, num_classes, h, w) of the size of the finest level used."""

@@ -1,9 +1,11 @@
 """What the heads for semantic segmentation have in common: detectron2's protocol for them."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
 from torch import nn
 
@@ -60,6 +62,17 @@ class SegmentationHead(nn.Module):
         names = names if in_features is None else select_levels(in_features, names, "in_features")
         self.in_features = sorted(names, key=lambda name: input_shape[name].stride)
         self.loss_weight, self.ignore_value = loss_weight, ignore_value
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, input_shape: Mapping[str, ShapeSpec]) -> dict[str, Any]:
+        """Arguments from the yacs keys under MODEL.SEM_SEG_HEAD."""
+        return {
+            "input_shape": input_shape,
+            "num_classes": cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES,
+            "in_features": cfg.MODEL.SEM_SEG_HEAD.IN_FEATURES or None,
+            "loss_weight": cfg.MODEL.SEM_SEG_HEAD.LOSS_WEIGHT,
+            "ignore_value": cfg.MODEL.SEM_SEG_HEAD.IGNORE_VALUE,
+        }
 
     def forward(
         self, features: Mapping[str, torch.Tensor], targets: torch.Tensor | None = None
