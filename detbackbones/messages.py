@@ -9,7 +9,8 @@ def nearest(value: object, valid: Iterable[str], most: int = 8) -> str:
     valid = list(valid)
     if len(valid) <= most:
         return f"valid are {', '.join(map(repr, valid))}" if valid else "there is none"
-    close = get_close_matches(str(value), valid, n=3, cutoff=0.5)
+    names = {name.lower(): name for name in valid}
+    close = [names[n] for n in get_close_matches(str(value).lower(), names, n=3, cutoff=0.5)]
     return f"the nearest are {', '.join(map(repr, close))}" if close else "no name is near it"
 
 

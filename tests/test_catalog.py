@@ -149,6 +149,7 @@ def test_what_gives_no_pooled_features_has_no_number_of_them():
 @pytest.mark.parametrize(
     "call, message",
     [
+        (lambda: at.create_backbone("ResNet50"), "'ResNet50' is no timm model: .*'resnet50'"),
         (lambda: at.create_backbone("resnet51"), "'resnet51' is no timm model: .*'resnet50'"),
         (lambda: at.create_feature_backbone("convnext_tny"), "no timm model: .*'convnext_tiny'"),
         (
