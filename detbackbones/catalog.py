@@ -1,6 +1,9 @@
 """The catalogue: find backbones by name, size and levels, and create them by AutoTimm's names.
 
-Names, parameters and results are those of AutoTimm (https://github.com/theja-vanka/AutoTimm).
+Names, parameters and results are those of AutoTimm (https://github.com/theja-vanka/AutoTimm), but
+for two: a plain name gives every level from stride 4 on, in a model of any depth, and
+``get_backbone_out_features`` counts the features that come out where those that go into the head
+are other ones (MobileNetV3).
 """
 
 import functools
@@ -257,11 +260,13 @@ class Facts:
 
     @property
     def neck(self) -> str | None:
-        """What ``build_pyramid`` builds on it: "fpn", "sfp" (of one level), or None."""
-        if len(self.levels) > 1:
-            return "fpn"
-        # a ViT of timm is built with patches of 16 pixels
-        return "sfp" if self.strides == [16] or self.source == "timm" else None
+        """What ``build_pyramid`` builds on it: "fpn", "sfp" (of one level), or None.
+
+        On a ViT of timm with patches of 14 pixels it does so with ``patch_size=16``.
+        """
+        if any(stride & (stride - 1) for stride in self.strides):  # no power of two
+            return "sfp" if self.source == "timm" else None
+        return "sfp" if self.strides == [16] else "fpn"
 
 
 @functools.cache
@@ -292,8 +297,9 @@ def list_backbones(
         max_params: the most parameters, such as 30e6.
         max_gmacs: the most multiply-adds for an image of 224 x 224 pixels, in 10^9.
         stride: of a level that the model must have.
-        necks: kinds of pyramid one of which must stand on it, "fpn" (on several levels) or "sfp"
-            (on the one level of a ViT); see :func:`detbackbones.build_pyramid`.
+        necks: kinds of pyramid one of which must stand on it, "fpn" or "sfp" (on the one level of
+            a ViT with patches of 16 pixels, or of 14 and timm's ``patch_size=16``); see
+            :func:`detbackbones.build_pyramid`.
 
     Raises:
         ValueError: if the source or a neck is unknown, or a filter fits no model of any source.

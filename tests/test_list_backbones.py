@@ -64,8 +64,13 @@ def test_data_is_what_is_measured(source, name):
         ("timm", "resnet18"),
         ("timm", "vit_tiny_patch16_224"),
         ("timm", "vit_small_patch14_dinov2"),
+        ("timm", "vit_tiny_r_s16_p8_224"),  # one level of stride 32
+        ("timm", "xcit_nano_12_p8_224"),  # one level of stride 8
         ("timm", "levit_128s"),
         ("torchvision", "alexnet"),
+        ("torchvision", "vit_b_16"),
+        ("torchvision", "vit_b_32"),
+        ("torchvision", "vit_h_14"),
     ],
 )
 def test_the_neck_is_what_build_pyramid_makes(source, name):
@@ -74,7 +79,7 @@ def test_the_neck_is_what_build_pyramid_makes(source, name):
     trial = Trial(name, SOURCES[source])
     check_build(trial)
     check_neck(trial)
-    kinds = {"SimpleFeaturePyramid": "sfp", "FPN": "fpn", "completed FPN": "fpn"}
+    kinds = {"SimpleFeaturePyramid": "sfp", "FPN": "fpn", "completed FPN": "fpn", "none": None}
     kind = trial.row["neck"].removesuffix(" with patch_size=16")
     assert kinds[kind] == catalog.facts(source)[name].neck
 
