@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from detbackbones import TimmBackbone, add_backbone_config, build_pyramid
 from detbackbones.heads import DPTHead, LinearHead
+from detbackbones.heads.linear import Standardise
 from detbackbones.heads.probe import cache_features, dpt_indices
 from detectron2.config import get_cfg
 from detectron2.layers import ShapeSpec
@@ -98,13 +99,43 @@ def test_linear_is_one_convolution_of_the_joined_levels(arguments, in_features, 
 def test_features_are_standardised_by_all_batches_so_far():
     shapes = {"res2": ShapeSpec(channels=2, stride=4)}
     head = LinearHead(shapes, num_classes=3)
-    dark, bright = images(1, 2, 64, 64), 10 + 3 * images(1, 2, 64, 64, seed=1)
-    for level in (dark, bright):
+    batches = [5 * n + (1 + n) * images(2, 2, 32, 32, seed=n) for n in range(3)]
+    for level in batches:
         logits = head.layers({"res2": level})
     standardise = head.classifiers[0][0]
-    assert standardise.running_mean.tolist() == pytest.approx([5, 5], abs=0.2)
-    assert standardise.running_var.tolist() == pytest.approx([5, 5], abs=0.4)  # of 1 and 9
-    assert_close(head.eval().layers({"res2": bright}), logits)  # not by those of the last batch
+    seen = torch.cat(batches)
+    assert_close(standardise.mean, seen.mean((0, 2, 3)))
+    assert_close(standardise.var, seen.var((0, 2, 3), correction=0))
+    standardised = standardise.eval()(seen)
+    assert standardised.mean().item() == pytest.approx(0, abs=1e-3)
+    assert standardised.std().item() == pytest.approx(1, abs=1e-3)
+    assert_close(head.eval().layers({"res2": level}), logits)  # not by those of the last batch
+
+
+def standardise_in_two_processes(rank, folder):
+    torch.set_num_threads(1)
+    file = (folder / "rendezvous").as_uri()
+    torch.distributed.init_process_group("gloo", file, rank=rank, world_size=2)
+    standardise = Standardise(2)
+    for n in range(2):
+        standardise(5 * n + (1 + rank) * images(2, 2, 32, 32, seed=2 * n + rank))
+    torch.save(standardise.state_dict(), folder / f"{rank}.pth")
+    torch.distributed.destroy_process_group()
+
+
+def test_features_are_standardised_by_the_batches_of_all_processes(tmp_path):
+    torch.multiprocessing.spawn(standardise_in_two_processes, (tmp_path,), nprocs=2)
+    batches = [
+        5 * n + (1 + rank) * images(2, 2, 32, 32, seed=2 * n + rank)
+        for n in range(2)
+        for rank in range(2)
+    ]
+    seen = torch.cat(batches)
+    for rank in range(2):
+        state = torch.load(tmp_path / f"{rank}.pth")
+        assert_close(state["mean"], seen.mean((0, 2, 3)))
+        assert_close(state["var"], seen.var((0, 2, 3), correction=0))
+        assert state["num_batches"] == 4
 
 
 @pytest.mark.parametrize("scale", [0.1, 1e3])

@@ -3,10 +3,12 @@
 from collections.abc import Mapping, Sequence
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from detectron2.config import configurable
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import SEM_SEG_HEADS_REGISTRY
+from detectron2.utils.comm import get_world_size
 from torch import nn
 
 from .segmentation_head import SegmentationHead, upsample
@@ -66,19 +68,34 @@ class LinearHead(SegmentationHead):
         return logits
 
 
-class Standardise(nn.BatchNorm2d):
+class Standardise(nn.Module):
     """Batch norm by the mean and variance of all batches so far, in training too.
 
     With those of the batch alone, a classifier of a few different images learns what it does not
-    find again in evaluation.
+    find again in evaluation. Each batch of each process counts as much as any other.
     """
 
     def __init__(self, channels: int):
-        super().__init__(channels, affine=False, momentum=None)
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(channels))
+        self.register_buffer("var", torch.ones(channels))
+        self.register_buffer("num_batches", torch.tensor(0))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(N, C, H, W) with about zero mean and unit variance in each channel."""
         if self.training:
-            with torch.no_grad():
-                super().forward(x)  # for the running statistics
-        return F.batch_norm(x, self.running_mean, self.running_var, eps=self.eps)
+            self._update(x)
+        return F.batch_norm(x, self.mean, self.var)
+
+    @torch.no_grad()
+    def _update(self, x: torch.Tensor) -> None:
+        here = torch.stack(torch.var_mean(x.float(), (0, 2, 3), correction=0))
+        batches = [here]
+        if (processes := get_world_size()) > 1:
+            batches = [torch.empty_like(here) for _ in range(processes)]
+            dist.all_gather(batches, here)
+        for var, mean in batches:
+            self.num_batches += 1
+            weight, step = 1 / self.num_batches, mean - self.mean
+            self.mean += weight * step
+            self.var.lerp_(var, weight).add_(weight * (1 - weight) * step**2)
