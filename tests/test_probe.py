@@ -183,10 +183,44 @@ def test_weights_of_a_file_are_the_backbone_s(probed, checkpoint):
 
 
 def test_the_cache_changes_nothing_but_the_time(probed, run, tmp_path):
-    _, _, runs = probed
+    output, *_ = probed
     assert run(tmp_path, "--models=test_resnet=random", "--cache=0") == 0
-    (again,) = json.loads((tmp_path / "probe.json").read_text())["runs"]
-    assert again["mIoU"] == pytest.approx(runs[0]["mIoU"], abs=0.1)
+    cached, plain = [
+        [json.loads(line) for line in (folder / "metrics.json").read_text().splitlines()]
+        for folder in (output / "linear_test_resnet_random", tmp_path / "linear_test_resnet_random")
+    ]
+    assert len(cached) == len(plain) > 3
+    for one, other in zip(cached, plain):
+        for key in one.keys() & {"total_loss", "sem_seg/mIoU", "sem_seg/pACC"}:
+            assert one[key] == pytest.approx(other[key], rel=1e-3)
+    assert len({row["total_loss"] for row in plain if "total_loss" in row}) >= 3
+
+
+def test_resume_does_what_is_not_finished(run, checkpoint, tmp_path, capsys):
+    fine, other = "test_resnet=random", f"test_resnet={checkpoint}"
+    assert run(tmp_path, f"--models={fine},test_rasnet") == 1
+    path = tmp_path / "linear_test_resnet_random" / "model_final.pth"
+    before, first = path.stat().st_mtime_ns, json.loads((tmp_path / "probe.json").read_text())
+    assert run(tmp_path, f"--models={fine},{other}", "train.seed=1", "--resume") == 2
+    assert "have the overrides dataset.train_images=" in capsys.readouterr().err
+    assert run(tmp_path, f"--models={fine},{other}", "--resume") == 0
+    runs = json.loads((tmp_path / "probe.json").read_text())["runs"]
+    assert runs[0] == first["runs"][0] and path.stat().st_mtime_ns == before
+    assert [row["weights"] for row in runs] == ["random", str(checkpoint)]
+
+
+def test_an_interrupted_run_begins_again(tool, run, tmp_path, monkeypatch, capsys):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tool.Checkpointer, "save", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path, "--models=test_resnet=random")
+    assert run(tmp_path, "--models=test_resnet=random") == 2
+    assert "choose another, go on with --resume, or replace" in capsys.readouterr().err
+    assert run(tmp_path, "--models=test_resnet=random", "--resume") == 0
+    assert (tmp_path / "linear_test_resnet_random" / "model_final.pth").exists()
 
 
 def test_a_second_probe_is_refused_unless_asked(probed, run, capsys):
@@ -209,6 +243,7 @@ WRONG = {
     "head": (["--heads=liner"], "--heads='liner' is unknown: valid are 'dpt', 'fpn', 'linear'"),
     "key": (["model.backbone.model_nam=x"], "'model.backbone.model_nam' is unknown"),
     "output": (["train.output_dir=x"], "train.output_dir is a folder of each run: set --output"),
+    "weights": (["train.init_checkpoint=x"], "train.init_checkpoint is of each run: set --models"),
     "model": (["model.backbone.model_name=x"], "model.backbone.model_name is of each run: set"),
     "data": (["dataset.train_images=nowhere"], "image_root 'nowhere'"),
     "classes": (["dataset.num_classes=0"], "num_classes is 0"),

@@ -4,13 +4,15 @@
         dataset.train_images='images/train_*.jpg' dataset.train_labels=labels \
         dataset.val_images='images/val_*.jpg' dataset.val_labels=labels dataset.num_classes=2
 
-A model is a name of timm with its pretrained weights; NAME=random has random ones, and
-NAME=FILE those of a checkpoint. A head is a config of configs/probe/, which the key=value words
-override. The output folder gets probe.md, probe.json and probe.png, and for each head on each model
-what tools/train_net.py writes. A run that fails is reported, and the others go on.
+A model is a name of timm with its pretrained weights; NAME=random has random ones as timm makes
+them, and NAME=FILE those of a checkpoint. A head is a config of configs/probe/, which the key=value
+words override. The output folder gets probe.md, probe.json and probe.png, and for each head on each
+model what tools/train_net.py writes. A run that fails is reported, and the others go on; the same
+command with --resume does those again, and what else is not there yet.
 """
 
 import argparse
+import gc
 import json
 import logging
 import re
@@ -33,6 +35,7 @@ from train_net import build_trainer, load_config, prepare_output, train
 logger = logging.getLogger("detbackbones.probe")
 
 CONFIGS = config_folder() / "probe"
+KINDS = ("md", "json", "png")
 COLUMNS = {
     "model": "model",
     "weights": "weights",
@@ -67,8 +70,8 @@ def probe(cfg: DictConfig, max_bytes: int) -> dict[str, Any]:
         max_bytes: of the features that are kept; 0 keeps none.
 
     Returns:
-        mIoU and the accuracy of the pixels in percent, the seconds of training and evaluation, and
-        the number of parameters: of the frozen backbone, and of what is trained.
+        mIoU and the accuracy of the pixels in percent, the seconds of training with evaluation and
+        pictures, and the number of parameters: of the frozen backbone, and of what is trained.
     """
     folder = Path(cfg.train.output_dir)
     trainer = build_trainer(cfg)
@@ -139,6 +142,32 @@ def write(rows: list[dict[str, Any]], args: argparse.Namespace) -> None:
     draw(rows, args.output / "probe.png")
 
 
+def finished(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """The runs that the output folder has and that did not fail; none without --resume.
+
+    Raises:
+        FileExistsError: if there are runs, and neither --resume nor --overwrite.
+        ValueError: if they have other overrides.
+    """
+    path = args.output / "probe.json"
+    if args.overwrite or not (args.output / "log.txt").exists():
+        return []
+    if not args.resume:
+        raise FileExistsError(
+            f"--output {args.output} holds probes already: choose another, go on with --resume, or "
+            "replace them with --overwrite"
+        )
+    earlier = (
+        json.loads(path.read_text()) if path.exists() else {"overrides": args.opts, "runs": []}
+    )
+    if earlier["overrides"] != args.opts:
+        raise ValueError(
+            f"--resume: the probes in {args.output} have the overrides "
+            f"{' '.join(earlier['overrides']) or 'none'}: give the same, or choose another --output"
+        )
+    return [run for run in earlier["runs"] if "error" not in run]
+
+
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -146,36 +175,43 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--models", required=True, metavar="NAME[=WEIGHTS],...")
     parser.add_argument("--heads", default="linear", metavar="HEAD,...", help="linear, fpn, dpt")
     parser.add_argument("--output", type=Path, default="output/probe", metavar="FOLDER")
-    parser.add_argument("--overwrite", action="store_true", help="replace earlier probes there")
+    existing = parser.add_mutually_exclusive_group()
+    existing.add_argument("--resume", action="store_true", help="keep what is finished there")
+    existing.add_argument("--overwrite", action="store_true", help="replace earlier probes there")
     parser.add_argument(
         "--cache", type=float, default=2.0, metavar="GIB", help="memory for features; 0 for none"
     )
     parser.add_argument("opts", nargs="*", metavar="key=value", help="overrides of the configs")
     args = parser.parse_intermixed_args()
-    args.eval_only = args.resume = False
     try:
         for head in args.heads.split(","):
             one_of("--heads", head, sorted(path.stem for path in CONFIGS.glob("*.py")))
         for key in (word.partition("=")[0] for word in args.opts):
             if key == "train.output_dir":
                 raise ValueError("train.output_dir is a folder of each run: set --output")
+            if key == "train.init_checkpoint":
+                raise ValueError("train.init_checkpoint is of each run: set --models NAME=FILE")
             if re.fullmatch(r"model\.backbone.*\.(model_name|pretrained|checkpoint_path)", key):
                 raise ValueError(f"{key} is of each run: set --models NAME or NAME=WEIGHTS")
-        if (args.output / "probe.json").exists() and not args.overwrite:
-            raise FileExistsError(
-                f"--output {args.output} holds probes already: choose another, or replace them "
-                "with --overwrite"
-            )
+        args.finished = finished(args)
+        done = {(run["model"], run["weights"], run["head"]) for run in args.finished}
         args.runs = []
         for head in args.heads.split(","):
             for entry in args.models.split(","):
                 model, _, weights = entry.partition("=")
-                weights = weights or "pretrained"
-                args.runs.append((model, weights, head, probe_config(model, weights, head, args)))
-        instantiate(args.runs[0][3].dataloader.train.dataset)  # what is wrong here is so in all
-        instantiate(args.runs[0][3].dataloader.test.dataset)
+                run = (model, weights or "pretrained", head)
+                if run not in done:
+                    args.runs.append((*run, probe_config(*run, args)))
+        for *_, cfg in args.runs[:1]:  # what is wrong here is so in all
+            instantiate(cfg.dataloader.train.dataset)
+            instantiate(cfg.dataloader.test.dataset)
+        if args.overwrite:
+            for kind in KINDS:
+                (args.output / f"probe.{kind}").unlink(missing_ok=True)
+        anew = argparse.Namespace(eval_only=False, resume=False)
+        anew.overwrite = args.overwrite or args.resume  # of what is not finished
         for *_, cfg in args.runs:
-            prepare_output(cfg, args)
+            prepare_output(cfg, anew)
     except (ValueError, OSError, ImportError, KeyError) as error:
         parser.error(str(error))
     return args
@@ -185,7 +221,7 @@ def main() -> None:
     args = parse_arguments()
     for name in ("detbackbones", "detectron2", "fvcore"):
         setup_logger(str(args.output), name=name, abbrev_name=name)
-    rows = []
+    rows = args.finished
     for count, (model, weights, head, cfg) in enumerate(args.runs, start=1):
         row = {"model": model, "weights": weights, "head": head}
         logger.info("probe %d of %d: %s on %s", count, len(args.runs), head, label(row))
@@ -198,10 +234,9 @@ def main() -> None:
                 row["error"] += f"; here that is --models {model}=FILE or {model}=random"
         rows.append(row)
         write(rows, args)
+        gc.collect()  # model and cache are in cycles
     print("\n" + table(rows))
-    print(
-        f"wrote {', '.join(str(args.output / f'probe.{kind}') for kind in ('md', 'json', 'png'))}"
-    )
+    print("these are in", ", ".join(str(args.output / f"probe.{kind}") for kind in KINDS))
     if any("error" in row for row in rows):
         raise SystemExit(1)
 
