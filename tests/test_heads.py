@@ -319,13 +319,14 @@ def test_a_cache_computes_each_image_once(model_name):
     counted = backbone.forward = Counted(backbone)
     cache_features(backbone, 2**30)
     flipped = x.flip(-1)
-    batches = [x[:2], x, x[[2, 0, 0]], flipped, other, x]
+    batches = [x[[1, 0, 1]], x, x[[2, 0, 0]], flipped, other, x]
     new = [2, 1, 0, 3, 2, 0]
     for batch, count in zip(batches, new):
         before = counted.images
         maps = backbone(batch)
         assert counted.images - before == count
         assert list(maps) == list(expected)
+        assert all(len(level) == len(batch) for level in maps.values())
     for name, level in expected.items():
         assert_close(maps[name], level)
         assert_close(backbone(flipped)[name], counted.forward(flipped)[name])

@@ -188,6 +188,26 @@ def test_nothing_found(program, capsys):
         assert ("nearest" in error) == bool(hint)
 
 
+@pytest.mark.parametrize("words", [(), ("--max-params", 20)])
+def test_it_says_that_models_are_not_measured(program, capsys, monkeypatch, tmp_path, words):
+    data = json.loads(catalog.DATA.read_text())
+    del data["models"]["timm"]["resnet18"], data["models"]["torchvision"]["resnet18"]
+    monkeypatch.setattr(catalog, "DATA", tmp_path / "catalog.json")
+    catalog.DATA.write_text(json.dumps(data))
+    catalog.facts.cache_clear()
+    try:
+        assert "resnet18 " not in program("resnet18*", *words)
+    finally:
+        catalog.facts.cache_clear()
+    assert "2 models are not in the data: --write measures them" in capsys.readouterr().err
+
+
+def test_write_takes_no_pattern(program, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        program("resnet*", "--write")
+    assert "--write measures all models: give it alone" in capsys.readouterr().err
+
+
 def test_several_patterns(program):
     rows = json.loads(program("resnet18", "resnet3?", "--source", "timm", "--json"))
     assert [row["name"] for row in rows] == ["resnet18", "resnet34"]

@@ -163,9 +163,11 @@ def select(args: argparse.Namespace) -> list[dict[str, Any]]:
     Raises:
         ValueError: if there are none.
     """
-    rows, unknown = [], []
+    rows, unknown = [], 0
     for source in [args.source] if args.source else list(VERSIONS):
         tags = pretrained_tags(source)
+        known = catalog.facts(source)
+        unknown += len({*catalog.list_backbones(args.patterns, source=source)} - known.keys())
         names = catalog.list_backbones(
             args.patterns,
             source=source,
@@ -175,26 +177,24 @@ def select(args: argparse.Namespace) -> list[dict[str, Any]]:
             necks=args.neck,
         )
         for name in names:
-            known = catalog.facts(source).get(name)
-            if known is None:
-                unknown.append(name)
-            elif tags.get(name) or not args.pretrained:
+            if name in known and (tags.get(name) or not args.pretrained):
+                facts = known[name]
                 rows.append(
                     {
                         "source": source,
                         "name": name,
-                        "params": known.params,
-                        "gmacs": known.gmacs,
-                        "side": known.side,
-                        "strides": known.strides,
-                        "channels": known.channels,
-                        "images": known.size,
-                        "batch_norm": known.batch_norm,
+                        "params": facts.params,
+                        "gmacs": facts.gmacs,
+                        "side": facts.side,
+                        "strides": facts.strides,
+                        "channels": facts.channels,
+                        "images": facts.size,
+                        "batch_norm": facts.batch_norm,
                         "weights": tags.get(name, []),
                     }
                 )
     if unknown:
-        print(f"{len(unknown)} models are not in the data: --write measures them", file=sys.stderr)
+        print(f"{unknown} models are not in the data: --write measures them", file=sys.stderr)
     if not rows:
         every = {name for source in VERSIONS for name in catalog.facts(source)}
         none = [pattern for pattern in args.patterns if not fnmatch.filter(every, pattern)]
@@ -266,7 +266,10 @@ def parse_args() -> argparse.Namespace:
     output.add_argument("--csv", action="store_true", help="print comma-separated values")
     output.add_argument("--html", type=Path, metavar="FILE", help="write a page")
     output.add_argument("--write", action="store_true", help="measure what the data file lacks")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.write and len(sys.argv) > 2:
+        parser.error("--write measures all models: give it alone")
+    return args
 
 
 def main() -> None:

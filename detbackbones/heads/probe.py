@@ -65,13 +65,13 @@ class _Cache:
     @torch.no_grad()
     def __call__(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
         keys = [_key(image) for image in x]
-        new = [i for i, key in enumerate(keys) if key not in self._maps]
+        new = {key: i for i, key in enumerate(keys) if key not in self._maps}
         found = {key: self._maps[key] for key in keys if key in self._maps}
         if new:
-            computed = self._forward(x[new])
-            for row, i in enumerate(new):
-                found[keys[i]] = {name: maps[row].clone() for name, maps in computed.items()}
-                self._keep(keys[i], found[keys[i]])
+            computed = self._forward(x[list(new.values())])
+            for row, key in enumerate(new):
+                found[key] = {name: maps[row].clone() for name, maps in computed.items()}
+                self._keep(key, found[key])
         names = found[keys[0]]
         return {name: torch.stack([found[key][name] for key in keys]) for name in names}
 
