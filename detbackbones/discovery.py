@@ -242,6 +242,9 @@ def graph_nodes(model: nn.Module, size: tuple[int, int] = (224, 224)) -> dict[st
     Returns:
         node, in the order of execution, to its output's shape without the images ("64x56x56", or ""
         for what is no tensor) and the modes in which it runs ("train", "eval" or "train, eval").
+
+    Raises:
+        ValueError: if the model does not take such images in both modes.
     """
     names = get_graph_node_names(model, TRACER)
     train, evaluation = [[node for node in nodes if node != "x"] for nodes in names]
@@ -255,7 +258,13 @@ def graph_nodes(model: nn.Module, size: tuple[int, int] = (224, 224)) -> dict[st
     shapes = {}
     for mode, nodes in (("train", train), ("eval", evaluation)):
         extractor.train(mode == "train")
-        outputs = run_on_meta(extractor, meta_state(extractor), (2, 3, *size))
+        try:
+            outputs = run_on_meta(extractor, meta_state(extractor), (2, 3, *size))
+        except RuntimeError as error:  # Inception's auxiliary classifier takes no small image
+            raise ValueError(
+                f"size={size[0]}x{size[1]} does not suit {type(model).__name__} in {mode} mode: "
+                f"{error}"
+            ) from error
         for node in nodes:
             modes.setdefault(node, []).append(mode)
             tensor = isinstance(outputs[node], torch.Tensor)

@@ -75,7 +75,7 @@ def test_facts(name):
 
 @pytest.mark.parametrize("name, expected", DEEPEST)
 def test_what_is_suggested_works(name, expected):
-    model, size, layers = discover_layers.discover("timm", name)
+    model, size, layers, _ = discover_layers.discover("timm", name)
     found = discover_layers.suggested(model, layers)
     assert (size, shapes(found)) == (224, expected)
     with torch.device("meta"):
@@ -86,7 +86,7 @@ def test_what_is_suggested_works(name, expected):
 
 @pytest.mark.parametrize("size", [33, 65, 100, 223])
 def test_strides_do_not_depend_on_the_size(size):
-    model, _, layers = discover_layers.discover("timm", "resnet18", size)
+    model, _, layers, _ = discover_layers.discover("timm", "resnet18", size)
     found = discover_layers.suggested(model, layers)
     assert [(layer.name, layer.stride) for layer in found] == [
         ("layer4", 32),
@@ -114,7 +114,7 @@ def test_a_size_that_hides_the_strides_is_refused():
     ],
 )
 def test_tokens_are_no_layers(name, size):
-    model, n, layers = discover_layers.discover("timm", name, size)
+    model, n, layers, _ = discover_layers.discover("timm", name, size)
     assert (n, discover_layers.suggested(model, layers)) == (size or 224, [])
 
 
@@ -199,6 +199,22 @@ def run(monkeypatch, *words):
             ["resnet18", "--source", "torchvision", "--check", "layer1.0.relu_1=64x7x7,layer5"],
             1,
             ["'layer1.0.relu_1' gives 64x56x56", "return_nodes='layer5' is unknown"],
+        ),
+        (
+            ["resnet18", "--source", "torchvision", "--size", "100", "--check"]
+            + ["layer4.1.relu_1=512x4x4,layer3"],
+            0,
+            [],
+        ),
+        (
+            ["inception_v3", "--source", "torchvision", "--check", "Mixed_5b.cat=256x35x35"],
+            0,
+            [],
+        ),
+        (
+            ["inception_v3", "--source", "torchvision", "--size", "224"],
+            2,
+            ["size=224x224 does not suit Inception3 in train mode: "],
         ),
         (["resnet", "--check", "layer4"], 2, ["model_name='resnet' is no timm model: the nearest"]),
         (["resnet", "--source", "torchvision"], 2, ["model_name='resnet' is unknown: the nearest"]),

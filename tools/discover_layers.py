@@ -82,7 +82,9 @@ def build(source: str, name: str, layers: Sequence[str]) -> Backbone:
         return TorchvisionBackbone(name, return_nodes=list(layers))
 
 
-def discover(source: str, name: str, size: int | None = None) -> tuple[nn.Module, int, list[Layer]]:
+def discover(
+    source: str, name: str, size: int | None = None
+) -> tuple[nn.Module, int, list[Layer], dict[str, tuple[str, str]]]:
     """Build a model on the meta device and find its layers.
 
     Args:
@@ -91,7 +93,7 @@ def discover(source: str, name: str, size: int | None = None) -> tuple[nn.Module
         size: height and width of the images; by default 224, or what the model takes instead.
 
     Returns:
-        the model, the size, and the layers.
+        the model, the size, the layers, and of torchvision's models the nodes of the graph.
 
     Raises:
         ValueError: if there is no such model, or it does not take the size.
@@ -112,7 +114,8 @@ def discover(source: str, name: str, size: int | None = None) -> tuple[nn.Module
             try:
                 with torch.device("meta"):
                     model = make()
-                return model, n, find_layers(model, (n, n))
+                nodes = graph_nodes(model, (n, n)) if source == "torchvision" else {}
+                return model, n, find_layers(model, (n, n)), nodes
             except ValueError as error:
                 failures.append(error)
     raise failures[0]
@@ -126,7 +129,7 @@ def suggested(model: nn.Module, layers: Sequence[Layer]) -> list[Layer]:
 
 def report(source: str, name: str, size: int | None) -> str:
     """What the program prints about a model."""
-    model, n, layers = discover(source, name, size)
+    model, n, layers, nodes = discover(source, name, size)
     deepest = deepest_layers(model, find_stages(model, layers))
     parts = [f"{name} ({source}), images of {n}x{n}; * is the deepest module at its stride"]
     groups: dict[tuple[int, int], list[Layer]] = {}
@@ -147,8 +150,7 @@ def report(source: str, name: str, size: int | None) -> str:
             f"{height}x{width}, {len(group)} modules",
             tabulate(rows, ("", "module", "channels x size", "stride", ""), disable_numparse=True),
         ]
-    if source == "torchvision":
-        nodes = graph_nodes(model, (n, n))
+    if nodes:
         rows = [(node, *about) for node, about in nodes.items()]
         parts += ["graph nodes", tabulate(rows, ("node", "output", "modes"), disable_numparse=True)]
     names = [layer.name for layer in suggested(model, layers)]
@@ -175,22 +177,22 @@ def check(source: str, name: str, words: str, size: int | None) -> Iterator[str]
     Yields:
         a sentence for each that is wrong; if none is, one for what makes the list unusable.
     """
-    _, n, layers = discover(source, name, size)
-    shapes = {layer.name: layer.shape for layer in layers if not layer.note}
+    _, n, layers, nodes = discover(source, name, size)
+    modules = {layer.name: layer.shape for layer in layers if not layer.note}
+    shapes = {node: shape for node, (shape, _) in nodes.items()} | modules
     wrong, names = False, []
     for word in words.split(","):
         layer, _, expected = (part.strip() for part in word.partition("="))
         names.append(layer)
         fault = ""
         try:
-            if layer not in shapes:
-                (spec,) = build(source, name, [layer]).output_shape().values()
-                side = n // spec.stride  # of a node of the graph that is no module
-                shapes[layer] = f"{spec.channels}x{side}x{side}"
+            if layer not in modules:
+                build(source, name, [layer])
         except ValueError as error:
             fault = str(error)
-        if not fault and expected and expected != shapes[layer]:
-            fault = f"{layer!r} gives {shapes[layer]} for images of {n}x{n}, not {expected}"
+        if not fault and expected and expected != shapes.get(layer):
+            given = shapes.get(layer, "no map")
+            fault = f"{layer!r} gives {given} for images of {n}x{n}, not {expected}"
         if fault:
             wrong = True
             yield fault
@@ -208,7 +210,7 @@ def family(name: str) -> str:
 
 def section(name: str) -> str:
     """A model of the reference in full: the modules at each stride."""
-    model, n, layers = discover("timm", name)
+    model, n, layers, _ = discover("timm", name)
     stages = find_stages(model, layers)
     deepest = deepest_layers(model, stages)
     rows = []
@@ -228,7 +230,7 @@ def section(name: str) -> str:
 
 def row(name: str) -> tuple[bool, tuple[str, str, int, str, str]]:
     """A model of another family: whether it goes on with tokens, and its row of a table."""
-    model, n, layers = discover("timm", name)
+    model, n, layers, _ = discover("timm", name)
     found = suggested(model, layers)
     tokens = bool(found) and followed_by_tokens(model, found[0].name, (n, n))
     names = json.dumps([layer.name for layer in found])
