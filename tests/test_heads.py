@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from detbackbones import TimmBackbone, add_backbone_config, build_pyramid
 from detbackbones.heads import DPTHead, LinearHead
+from detbackbones.heads.dpt import FACTORS
 from detbackbones.heads.linear import Standardise
 from detbackbones.heads.probe import cache_features, dpt_indices
 from detectron2.config import get_cfg
@@ -14,6 +15,8 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling import SEM_SEG_HEADS_REGISTRY, SemanticSegmentor, build_model
 from models import assert_close, images
 from torch import nn
+from transformers import DPTConfig
+from transformers.models.dpt import modeling_dpt
 
 VIT_DEPTHS = {"model_name": "vit_tiny_patch16_224", "out_indices": (2, 5, 8, 11)}
 
@@ -60,6 +63,38 @@ def test_dpt_fuses_a_pyramid_and_gives_logits_of_the_input_size(arguments, strid
     assert all(after[-1] == 2 * before[-1] for before, after in seen)
     logits, losses = head.eval()(features)
     assert logits.shape == (2, 5, height, width) and losses == {}
+
+
+def test_dpt_computes_what_transformers_does():
+    """With neither norm nor the alignment of corners, in which the two differ."""
+    config = DPTConfig(hidden_size=8, fusion_hidden_size=16, num_labels=3)
+    torch.manual_seed(0)
+    reassemble = [modeling_dpt.DPTReassembleLayer(config, 16, factor) for factor in FACTORS]
+    fuse = [modeling_dpt.DPTFeatureFusionLayer(config, align_corners=False) for _ in FACTORS]
+    predictor = modeling_dpt.DPTSemanticSegmentationHead(config).head[:-1].eval()
+    maps = [images(2, 8, 6, 10, seed=n) for n in range(4)]
+    expected = None
+    for level, layer, fusion in zip(reversed(maps), reversed(reassemble), fuse):
+        level = layer(level)
+        expected = fusion(level) if expected is None else fusion(expected, level)
+    expected = predictor(expected)
+
+    shapes = {f"p{n}": ShapeSpec(channels=8, stride=16) for n in range(4)}
+    head = DPTHead(shapes, num_classes=3, conv_dims=16, norm="").eval()
+    pairs = [(head.predictor[0], predictor[0]), (head.predictor[2], predictor[4])]
+    for mine, theirs in zip(head.reassemble, reassemble):
+        pairs.append((mine[0], theirs.projection))
+        pairs += [(mine[1], theirs.resize)] if len(mine) > 1 else []
+    for mine, theirs in zip(reversed(head.fuse), fuse):
+        pairs.append((mine.project, theirs.projection))
+        units = [(mine.skip, theirs.residual_layer1), (mine.refine, theirs.residual_layer2)]
+        for unit, residual in units[mine.skip is None :]:
+            pairs += zip(unit.convs, (residual.convolution1, residual.convolution2))
+    assert len(pairs) == 2 + 4 + 3 + 4 + 2 * 7
+    for mine, theirs in pairs:
+        mine.load_state_dict({"bias": torch.zeros(len(mine.bias)), **theirs.state_dict()})
+    assert {id(p) for p in head.parameters()} == {id(p) for m, _ in pairs for p in m.parameters()}
+    assert_close(head.layers(dict(zip(shapes, maps))), expected)
 
 
 LINEAR = {
@@ -186,6 +221,22 @@ def test_the_loss_is_the_mean_over_the_pixels_that_count(
     assert all(p.grad is None for p in resnet.parameters())
     nothing = head(features, torch.full_like(targets, -1))[1]["loss_sem_seg"]
     assert nothing.item() == 0 and nothing.requires_grad
+
+
+@pytest.mark.parametrize(("head_class", "arguments"), HEADS.values(), ids=HEADS)
+def test_half_precision_gives_about_the_same(resnet, head_class, arguments):
+    torch.manual_seed(0)
+    head = head_class(resnet.output_shape(), num_classes=3, **arguments)
+    x, targets = images(2, 3, 64, 96), torch.randint(3, (2, 64, 96))
+    losses, logits = [], []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled), torch.no_grad():
+            torch.manual_seed(0)  # of the dropout
+            losses.append(head.train()(resnet(x), targets)[1]["loss_sem_seg"])
+            logits.append(head.eval()(resnet(x))[0])
+    assert losses[1].dtype == torch.float32
+    assert losses[1].item() == pytest.approx(losses[0].item(), rel=0.02)
+    assert (logits[1] - logits[0]).abs().max() < 0.05 * logits[0].abs().max()
 
 
 @pytest.mark.parametrize(("head_class", "arguments"), HEADS.values(), ids=HEADS)
