@@ -27,7 +27,9 @@ def program(monkeypatch, capsys):
     def call(*words):
         monkeypatch.setattr(sys, "argv", ["list_backbones.py", *map(str, words)])
         list_backbones.main()
-        return capsys.readouterr().out
+        out, err = capsys.readouterr()
+        sys.stderr.write(err)  # for a test to read
+        return out
 
     return call
 
