@@ -1,6 +1,7 @@
 """Output shapes for configs: a neck's input_shapes and in_features without typed-in channels."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -37,7 +38,7 @@ def output_shapes(backbone: Backbone | Mapping[str, Any]) -> dict[str, ShapeSpec
     if isinstance(backbone, Mapping) and "_target_" in backbone:
         config = without_weights(backbone)
         try:
-            with torch.device("meta"), _NumbersOnCPU():
+            with built_on_meta():
                 backbone = instantiate(config)
         except RuntimeError as error:
             target = getattr(config["_target_"], "__qualname__", config["_target_"])
@@ -75,6 +76,13 @@ def without_weights(config: Any) -> Any:
         return config
     none = NO_WEIGHTS if "_target_" in config else {}
     return {k: none[k] if k in none else without_weights(v) for k, v in config.items()}
+
+
+@contextmanager
+def built_on_meta() -> Iterator[None]:
+    """Where what is built has its weights on the meta device, torchvision's RegNets too."""
+    with torch.device("meta"), _NumbersOnCPU():
+        yield
 
 
 class _NumbersOnCPU(TorchFunctionMode):

@@ -212,6 +212,12 @@ def run(monkeypatch, *words):
             [],
         ),
         (
+            ["regnet_y_400mf", "--source", "torchvision", "--check"]
+            + ["trunk_output.block4=440x7x7,trunk_output.block3=208x14x14"],
+            0,
+            [],
+        ),
+        (
             ["inception_v3", "--source", "torchvision", "--size", "224"],
             2,
             ["size=224x224 does not suit Inception3 in train mode: "],

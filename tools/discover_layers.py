@@ -22,7 +22,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import timm
-import torch
 import torchvision
 from detbackbones import TimmBackbone, TorchvisionBackbone
 from detbackbones.discovery import (
@@ -34,6 +33,7 @@ from detbackbones.discovery import (
     graph_nodes,
 )
 from detbackbones.messages import one_of
+from detbackbones.shapes import built_on_meta
 from detbackbones.timm_models import SIZE_SWITCHES, create
 from detectron2.modeling import Backbone
 from tabulate import tabulate
@@ -76,7 +76,7 @@ OTHERS = """
 
 def build(source: str, name: str, layers: Sequence[str]) -> Backbone:
     """The backbone of some layers of a model, on the meta device."""
-    with torch.device("meta"):
+    with built_on_meta():
         if source == "timm":
             return TimmBackbone(name, layers=list(layers))
         return TorchvisionBackbone(name, return_nodes=list(layers))
@@ -112,7 +112,7 @@ def discover(
     for n in [size] if size else [SIZE, native]:
         for make in makers:
             try:
-                with torch.device("meta"):
+                with built_on_meta():
                     model = make()
                 nodes = graph_nodes(model, (n, n)) if source == "torchvision" else {}
                 return model, n, find_layers(model, (n, n)), nodes
