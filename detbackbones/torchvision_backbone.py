@@ -103,7 +103,9 @@ class TorchvisionBackbone(FeatureBackbone):
         if isinstance(source, VisionTransformer) and return_nodes is None:
             source = VisionTransformerFeatures(source)
         try:
-            sizes, default_nodes = _find_levels(source, img_size or _crop_size(model_name))
+            built_for = getattr(source, "image_size", None)  # of a ViT with weights their size
+            native = img_size or built_for or _crop_size(model_name)
+            sizes, default_nodes = _find_levels(source, native)
         except Exception as error:  # a model may refuse in any way
             reason = str(error).partition("\n")[0]
             raise ValueError(f"model_name={model_name!r} cannot be a backbone: {reason}") from error

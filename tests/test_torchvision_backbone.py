@@ -115,6 +115,15 @@ def test_return_nodes(order):
         assert_close(level, expected)
 
 
+def test_return_nodes_of_a_vit_whose_weights_are_of_another_size():
+    with torch.device("meta"):
+        backbone = TorchvisionBackbone("vit_h_14", return_nodes=["conv_proj"])
+    assert backbone.size_divisibility == 224  # what it is built for without weights
+    with torch.no_grad():
+        maps = backbone.eval()(torch.empty(1, 3, 224, 224, device="meta"))
+    assert maps["conv_proj"].shape == (1, 1280, 16, 16)
+
+
 def test_return_nodes_and_out_features():
     backbone = TorchvisionBackbone(
         "resnet18",
