@@ -260,10 +260,11 @@ def graph_nodes(model: nn.Module, size: tuple[int, int] = (224, 224)) -> dict[st
         extractor.train(mode == "train")
         try:
             outputs = run_on_meta(extractor, meta_state(extractor), (2, 3, *size))
-        except RuntimeError as error:  # Inception's auxiliary classifier takes no small image
+        except Exception as error:  # Inception's auxiliary classifier takes no small image
+            reason = str(error).partition("\n")[0]
             raise ValueError(
                 f"size={size[0]}x{size[1]} does not suit {type(model).__name__} in {mode} mode: "
-                f"{error}"
+                f"{reason}"
             ) from error
         for node in nodes:
             modes.setdefault(node, []).append(mode)

@@ -222,6 +222,11 @@ def run(monkeypatch, *words):
             2,
             ["size=224x224 does not suit Inception3 in train mode: "],
         ),
+        (
+            ["vit_b_16", "--source", "torchvision", "--size", "100"],
+            2,
+            ["size=100x100 does not suit VisionTransformer: Wrong image height! Expected 224"],
+        ),
         (["resnet", "--check", "layer4"], 2, ["model_name='resnet' is no timm model: the nearest"]),
         (["resnet", "--source", "torchvision"], 2, ["model_name='resnet' is unknown: the nearest"]),
         (["alexnet"], 2, ["'alexnet' is no timm model: it is one of torchvision"]),

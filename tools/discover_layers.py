@@ -114,8 +114,9 @@ def discover(
             try:
                 with built_on_meta():
                     model = make()
+                layers = find_layers(model, (n, n))
                 nodes = graph_nodes(model, (n, n)) if source == "torchvision" else {}
-                return model, n, find_layers(model, (n, n)), nodes
+                return model, n, layers, nodes
             except ValueError as error:
                 failures.append(error)
     raise failures[0]
