@@ -101,7 +101,7 @@ def export_backbone(checkpoint: str, output: str) -> int:
     if not state:
         raise ValueError(f"checkpoint {checkpoint!r} has no tensors under backbone...model.")
     state = {key: value.contiguous() for key, value in state.items()}
-    with _replacing(output) as temporary:
+    with replacing(output) as temporary:
         save_file(state, temporary) if output.endswith(".safetensors") else torch.save(
             state, temporary
         )
@@ -232,7 +232,7 @@ def _is_network_error(error: BaseException | None) -> bool:
 
 
 @contextlib.contextmanager
-def _replacing(path: str) -> Iterator[str]:
+def replacing(path: str) -> Iterator[str]:
     """A temporary name beside ``path`` that becomes it when all is written."""
     temporary = f"{path}.tmp"
     try:
@@ -256,14 +256,14 @@ class Checkpointer(DetectionCheckpointer):
         for key, obj in self.checkpointables.items():
             data[key] = obj.state_dict()
         file = os.path.join(self.save_dir, f"{name}.pth")
-        with _replacing(file) as temporary:
+        with replacing(file) as temporary:
             torch.save(data, temporary)
         self.tag_last_checkpoint(f"{name}.pth")
         logger.info("wrote %s", file)
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
         """Name the checkpoint that a resumed run starts from."""
-        with _replacing(os.path.join(self.save_dir, "last_checkpoint")) as temporary:
+        with replacing(os.path.join(self.save_dir, "last_checkpoint")) as temporary:
             Path(temporary).write_text(last_filename_basename)
 
     def _load_file(self, filename: str) -> dict[str, Any]:

@@ -203,6 +203,10 @@ def test_resume_does_what_is_not_finished(run, checkpoint, tmp_path, capsys):
     before, first = path.stat().st_mtime_ns, json.loads((tmp_path / "probe.json").read_text())
     assert run(tmp_path, f"--models={fine},{other}", "train.seed=1", "--resume") == 2
     assert "have the overrides dataset.train_images=" in capsys.readouterr().err
+    (tmp_path / "probe.json").write_text("{")
+    assert run(tmp_path, f"--models={fine},{other}", "--resume") == 2
+    assert f"--resume: {tmp_path / 'probe.json'} cannot be read: " in capsys.readouterr().err
+    (tmp_path / "probe.json").write_text(json.dumps(first))
     assert run(tmp_path, f"--models={fine},{other}", "--resume") == 0
     runs = json.loads((tmp_path / "probe.json").read_text())["runs"]
     assert runs[0] == first["runs"][0] and path.stat().st_mtime_ns == before

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from detbackbones import FeatureBackbone
-from detbackbones.checkpoint import Checkpointer
+from detbackbones.checkpoint import Checkpointer, replacing
 from detbackbones.config import config_folder
 from detbackbones.heads.probe import cache_features
 from detbackbones.messages import one_of
@@ -138,7 +138,8 @@ def write(rows: list[dict[str, Any]], args: argparse.Namespace) -> None:
     """Write table, JSON file and picture of the runs so far."""
     (args.output / "probe.md").write_text(table(rows))
     result = {"overrides": args.opts, "runs": rows}
-    (args.output / "probe.json").write_text(json.dumps(result, indent=2) + "\n")
+    with replacing(str(args.output / "probe.json")) as temporary:  # --resume reads it
+        Path(temporary).write_text(json.dumps(result, indent=2) + "\n")
     draw(rows, args.output / "probe.png")
 
 
@@ -147,7 +148,7 @@ def finished(args: argparse.Namespace) -> list[dict[str, Any]]:
 
     Raises:
         FileExistsError: if there are runs, and neither --resume nor --overwrite.
-        ValueError: if they have other overrides.
+        ValueError: if they have other overrides, or their file cannot be read.
     """
     path = args.output / "probe.json"
     if args.overwrite or not (args.output / "log.txt").exists():
@@ -157,9 +158,12 @@ def finished(args: argparse.Namespace) -> list[dict[str, Any]]:
             f"--output {args.output} holds probes already: choose another, go on with --resume, or "
             "replace them with --overwrite"
         )
-    earlier = (
-        json.loads(path.read_text()) if path.exists() else {"overrides": args.opts, "runs": []}
-    )
+    if not path.exists():  # interrupted in the first run
+        return []
+    try:
+        earlier = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"--resume: {path} cannot be read: {error}") from error
     if earlier["overrides"] != args.opts:
         raise ValueError(
             f"--resume: the probes in {args.output} have the overrides "
