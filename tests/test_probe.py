@@ -245,6 +245,7 @@ def test_without_weights_it_says_how_to_give_others(run, tmp_path, monkeypatch):
 
 WRONG = {
     "head": (["--heads=liner"], "--heads='liner' is unknown: valid are 'dpt', 'fpn', 'linear'"),
+    "cache": (["--cache=-1"], "--cache -1.0 must be a number of GiB from 0"),
     "key": (["model.backbone.model_nam=x"], "'model.backbone.model_nam' is unknown"),
     "output": (["train.output_dir=x"], "train.output_dir is a folder of each run: set --output"),
     "weights": (["train.init_checkpoint=x"], "train.init_checkpoint is of each run: set --models"),

@@ -197,6 +197,8 @@ def parse_arguments() -> argparse.Namespace:
                 raise ValueError("train.init_checkpoint is of each run: set --models NAME=FILE")
             if re.fullmatch(r"model\.backbone.*\.(model_name|pretrained|checkpoint_path)", key):
                 raise ValueError(f"{key} is of each run: set --models NAME or NAME=WEIGHTS")
+        if not 0 <= args.cache < float("inf"):
+            raise ValueError(f"--cache {args.cache} must be a number of GiB from 0")
         args.finished = finished(args)
         done = {(run["model"], run["weights"], run["head"]) for run in args.finished}
         args.runs = []
