@@ -2,6 +2,7 @@
 
 import warnings
 
+_MISSING = ""
 try:
     with warnings.catch_warnings():
         # detectron2 imports pkg_resources and scripts two functions; both only warn
@@ -9,34 +10,31 @@ try:
         warnings.filterwarnings("ignore", message=".*torch.jit.script.*is deprecated")
         import detectron2.model_zoo  # noqa: F401
         import detectron2.modeling  # noqa: F401
-except ImportError as error:
-    raise ImportError(
+except ImportError as error:  # the program that installs it is a part of this package
+    _MISSING = (
         f"detbackbones needs detectron2, which cannot be imported ({error}): "
-        "run python tools/install_detectron2.py from the project's checkout"
-    ) from error
-
-from .catalog import (
-    BackboneConfig,
-    FeatureBackboneConfig,
-    ModelSource,
-    count_parameters,
-    create_backbone,
-    create_feature_backbone,
-    get_backbone_out_features,
-    get_feature_channels,
-    get_feature_info,
-    get_feature_strides,
-    get_model_source,
-    list_backbones,
-    list_hf_hub_backbones,
-)
-from .config import add_backbone_config, get_config, list_configs
-from .detr import TransformersDetector
-from .feature_backbone import FeatureBackbone
-from .heads import DPTHead, LinearHead
-from .pyramid import build_pyramid
-from .timm_backbone import TimmBackbone
-from .torchvision_backbone import TorchvisionBackbone
+        "run detbackbones install-detectron2"
+    )
+else:
+    from .backbones import FeatureBackbone, TimmBackbone, TorchvisionBackbone, build_pyramid
+    from .catalog import (
+        BackboneConfig,
+        FeatureBackboneConfig,
+        ModelSource,
+        count_parameters,
+        create_backbone,
+        create_feature_backbone,
+        get_backbone_out_features,
+        get_feature_channels,
+        get_feature_info,
+        get_feature_strides,
+        get_model_source,
+        list_backbones,
+        list_hf_hub_backbones,
+    )
+    from .config import add_backbone_config, get_config, list_configs
+    from .detr import TransformersDetector
+    from .heads import DPTHead, LinearHead
 
 __all__ = [
     "BackboneConfig",
@@ -63,3 +61,9 @@ __all__ = [
     "list_configs",
     "list_hf_hub_backbones",
 ]
+
+
+def __getattr__(name: str) -> object:
+    if _MISSING and name in __all__:
+        raise ImportError(_MISSING)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

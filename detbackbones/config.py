@@ -1,10 +1,12 @@
 """Configs: the LazyConfigs that come with the package, and the yacs keys."""
 
+from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 from detectron2.config import CfgNode, LazyConfig
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf, SCMode
 
 from .messages import nearest
 
@@ -36,6 +38,26 @@ def get_config(name: str) -> DictConfig:
     if not path.is_file():
         raise FileNotFoundError(f"there is no config {name!r}: {nearest(name, list_configs())}")
     return LazyConfig.load(str(path))
+
+
+def find_config(name: str) -> Path:
+    """The file of a config: one of the user's by its path, or else the package's by its name.
+
+    Args:
+        name: such as ``"mine/detector.py"`` or ``"finetune/faster_rcnn.py"``.
+
+    Raises:
+        FileNotFoundError: if there is neither; names the nearest of both.
+    """
+    for path in (Path(name), config_folder() / name):
+        if path.is_file():
+            return path
+    folder = Path(name).parent
+    files = [path.name for path in folder.glob("*") if path.suffix in (".py", ".yaml")]
+    near = f"of the configs of the package {nearest(name, list_configs())}"
+    if files:
+        near = f"of the files in {folder} {nearest(Path(name).name, files, most=0)}; {near}"
+    raise FileNotFoundError(f"{name} does not exist: {near}")
 
 
 def add_backbone_config(cfg: CfgNode) -> None:
@@ -72,3 +94,32 @@ def add_backbone_config(cfg: CfgNode) -> None:
     cfg.INPUT.FORMAT = "RGB"
     cfg.MODEL.PIXEL_MEAN = [123.675, 116.28, 103.53]
     cfg.MODEL.PIXEL_STD = [58.395, 57.12, 57.375]
+
+
+def plain_dict(arguments: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Keyword arguments as a dict of its own, with plain lists and dicts where a config had its."""
+    if OmegaConf.is_config(arguments):
+        return OmegaConf.to_container(arguments, resolve=True)
+    return dict(arguments or {})
+
+
+NO_WEIGHTS = {"pretrained": False, "weights": None, "checkpoint_path": ""}
+
+
+def without_weights(config: Any) -> Any:
+    """A plain copy of a config that neither fetches nor reads weights.
+
+    Args:
+        config: of a backbone, with others in it such as ``bottom_up``; its interpolations are
+            resolved.
+    """
+    if OmegaConf.is_config(config):
+        config = OmegaConf.to_container(
+            config, resolve=True, structured_config_mode=SCMode.INSTANTIATE
+        )
+    if isinstance(config, list):
+        return [without_weights(value) for value in config]
+    if not isinstance(config, dict):
+        return config
+    none = NO_WEIGHTS if "_target_" in config else {}
+    return {k: none[k] if k in none else without_weights(v) for k, v in config.items()}

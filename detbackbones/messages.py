@@ -14,6 +14,11 @@ def nearest(value: object, valid: Iterable[str], most: int = 8) -> str:
     return f"the nearest are {', '.join(map(repr, close))}" if close else "no name is near it"
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, or its class where it has none."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
 def whole_number(parameter: str, value: object) -> None:
     """Refuse what is no whole number from 1.
 

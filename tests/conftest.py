@@ -1,22 +1,12 @@
-"""What several test modules share: the programs of tools/ as modules, and a tiny data set."""
+"""What several test modules share: a tiny data set, the training program, and the wheel."""
 
-import importlib.util
-import logging
+import shutil
+import subprocess
 import sys
 from functools import partial
-from pathlib import Path
 
 import pytest
-from detectron2.utils.logger import _cached_log_stream, setup_logger
-
-TOOLS = Path(__file__).parents[1] / "tools"
-
-
-def load_tool(name):
-    spec = importlib.util.spec_from_file_location(name, TOOLS / f"{name}.py")
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
-    return tool
+from support import ROOT, load_tool, run_main
 
 
 @pytest.fixture(scope="session")
@@ -27,29 +17,26 @@ def tiny(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="session")
-def train_net():
-    return load_tool("train_net")
-
-
-def run_main(program, *words):
-    """Call a training program's main in this process; the exit code is returned."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", [program.__name__, *map(str, words)])
-        try:
-            program.main()
-        except SystemExit as end:
-            return end.code
-        finally:  # or the next call would log here too
-            for name in ("detbackbones", "detectron2", "fvcore"):
-                logging.getLogger(name).handlers.clear()
-                logging.getLogger(name).propagate = True
-            setup_logger.cache_clear()
-            _cached_log_stream.cache_clear()
-    return 0
-
-
 @pytest.fixture
-def run_train_net(train_net):
-    """Call the program's main in this process; the exit code is returned."""
-    return partial(run_main, train_net)
+def run_train_net():
+    """Call `detbackbones train` in this process; the exit code is returned."""
+    from detbackbones.cli import train
+
+    return partial(run_main, train)
+
+
+@pytest.fixture(scope="session")
+def wheel(tmp_path_factory):
+    """The wheel of this checkout."""
+    folder = tmp_path_factory.mktemp("wheel")
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, folder)
+    for name in ("detbackbones", "configs"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    subprocess.run(
+        [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
+        + ["--wheel-dir", str(folder), str(folder)],
+        check=True,
+    )
+    (path,) = folder.glob("detbackbones-*.whl")
+    return path

@@ -6,9 +6,9 @@ import math
 import pytest
 import torch
 from detbackbones import get_config, list_configs
-from detbackbones.checkpoint import Checkpointer
-from detbackbones.data import register_coco
-from detbackbones.overrides import apply_overrides
+from detbackbones.data.coco import register_coco
+from detbackbones.training.overrides import apply_overrides
+from detbackbones.training.run import fit, prepare
 from detectron2.config import LazyConfig, instantiate
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_panoptic_separated
@@ -147,12 +147,12 @@ def load(tiny, datasets, tmp_path):
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_every_config_trains_and_evaluates(load, train_net, tmp_path, name):
+def test_every_config_trains_and_evaluates(load, tmp_path, name):
     cfg = load(name)
-    trainer = train_net.build_trainer(cfg)
-    model = trainer.model
+    run = prepare(cfg)
+    model = run.model
     before = {k: v.detach().clone() for k, v in model.named_parameters()}
-    train_net.train(cfg, trainer, Checkpointer(model, str(tmp_path), trainer=trainer), 0)
+    fit(run)
 
     rows = [json.loads(line) for line in (tmp_path / "metrics.json").read_text().splitlines()]
     losses = [row for row in rows if "total_loss" in row]

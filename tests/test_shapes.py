@@ -13,8 +13,9 @@ from detbackbones import (
     build_pyramid,
     get_config,
 )
-from detbackbones.overrides import apply_overrides
-from detbackbones.shapes import output_names, output_shapes, without_weights
+from detbackbones.config import without_weights
+from detbackbones.shapes import output_names, output_shapes
+from detbackbones.training.overrides import apply_overrides
 from detectron2.config import LazyCall as L
 from detectron2.config import LazyConfig, instantiate
 from detectron2.layers import ShapeSpec

@@ -8,7 +8,6 @@ are drawn at random, alike for all the classes, so that only its outline tells w
 """
 
 import argparse
-import difflib
 import json
 import shutil
 from collections.abc import Sequence
@@ -78,13 +77,13 @@ def draw(
 ) -> dict[str, int]:
     """Draw the images, the label maps and the COCO annotations of a data set of shapes.
 
-    It writes `images/{train,val}/*.jpg`, `{train,val}.json` with boxes and polygons of the visible
-    part of each shape, and `labels/{train,val}/*.png`: 0 is the background, i + 1 is `classes[i]`.
-    The same arguments write the same bytes.
+    It writes ``images/{train,val}/*.jpg``, ``{train,val}.json`` with boxes and polygons of the
+    visible part of each shape, and ``labels/{train,val}/*.png``: 0 is the background, i + 1 is
+    ``classes[i]``. The same arguments write the same bytes.
 
     Args:
         output: the folder to write to; it must be empty or not exist.
-        classes: the names of the shapes to draw, of `SHAPES`; they get the category ids 1, 2, ...
+        classes: the names of the shapes to draw, of ``SHAPES``; their category ids are 1, 2, ...
         train: the number of images to train on.
         val: the number of images to validate on.
         size: the height and width of the images, in pixels, at least 64.
@@ -92,11 +91,11 @@ def draw(
         overwrite: replace a data set that this function made before.
 
     Returns:
-        The number of shapes in each split: `{"train": ..., "val": ...}`.
+        the number of shapes in each split: ``{"train": ..., "val": ...}``.
 
     Raises:
         ValueError: if an argument is out of its range, or a class is unknown or given twice.
-        FileExistsError: if `output` has something in it that must not be replaced.
+        FileExistsError: if ``output`` has something in it that must not be replaced.
     """
     output = Path(output)
     _check(classes, train, val, size, seed)
@@ -132,10 +131,9 @@ def draw(
 def _check(classes: Sequence[str], train: int, val: int, size: int, seed: int) -> None:
     for name in classes:
         if name not in SHAPES:
-            valid = difflib.get_close_matches(name, SHAPES, n=1) or SHAPES
-            raise ValueError(f"classes: unknown shape {name!r}; use {', '.join(valid)}.")
+            raise ValueError(f"classes={name!r} must be one of {', '.join(SHAPES)}")
     if not classes or len(set(classes)) < len(classes):
-        raise ValueError(f"classes={','.join(classes)!r} must name one or more shapes, each once.")
+        raise ValueError(f"classes={','.join(classes)!r} must name one or more shapes, each once")
     for name, value, least in (
         ("train", train, 1),
         ("val", val, 1),
@@ -143,7 +141,7 @@ def _check(classes: Sequence[str], train: int, val: int, size: int, seed: int) -
         ("seed", seed, 0),
     ):
         if value < least:
-            raise ValueError(f"{name}={value} must be at least {least}.")
+            raise ValueError(f"{name}={value} must be at least {least}")
 
 
 def _empty(output: Path, overwrite: bool) -> None:
@@ -151,11 +149,11 @@ def _empty(output: Path, overwrite: bool) -> None:
         return
     made_here = (output / "val.json").is_file() and DESCRIPTION in (output / "val.json").read_text()
     if not made_here:
-        raise FileExistsError(f"output={str(output)!r} is not empty; give a new or empty folder.")
+        raise FileExistsError(f"output={str(output)!r} must be a new or empty folder")
     if not overwrite:
         raise FileExistsError(
-            f"output={str(output)!r} has a data set of shapes already; give another folder, or "
-            "overwrite (--overwrite) it."
+            f"output={str(output)!r} must be a new or empty folder: it has a data set of shapes, "
+            "which overwrite=True (--overwrite) replaces"
         )
     for kind in ("images", "labels"):
         shutil.rmtree(output / kind)
@@ -169,7 +167,7 @@ def _draw_image(
     """Draw one image.
 
     Returns:
-        The RGB image (size, size, 3); for each pixel the number of the shape that it shows
+        the RGB image (size, size, 3); for each pixel the number of the shape that it shows
         (size, size), 0 for none; and the category ids of the shapes 1, 2, ...
     """
     canvas = _paint(rng, rng.choice(BACKGROUNDS), size) * 0.6
@@ -211,7 +209,7 @@ def _place(rng: np.random.Generator, contours: list[np.ndarray], size: int) -> l
 def _rasterize(
     rng: np.random.Generator, contours: list[np.ndarray], size: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return how much of each pixel the shape and its outline cover, both (size, size) in 0..1."""
+    """How much of each pixel the shape and its outline cover, both (size, size) in 0..1."""
     layers = [Image.new("L", (size * OVERSAMPLING,) * 2) for _ in range(2)]
     cover, edge = (ImageDraw.Draw(layer) for layer in layers)
     width = round(OVERSAMPLING * size * rng.uniform(0.01, 0.025))
@@ -237,7 +235,7 @@ def _contrasting_paint(
 
 
 def _paint(rng: np.random.Generator, kind: str, size: int) -> np.ndarray:
-    """Return a texture (size, size, 3) that blends two random colours."""
+    """A texture (size, size, 3) that blends two random colours."""
     first, second = rng.uniform(0, 255, (2, 3))
     return first + (second - first) * _texture(rng, kind, size)[..., None]
 
@@ -267,7 +265,7 @@ def _texture(rng: np.random.Generator, kind: str, size: int) -> np.ndarray:
 
 
 def _outline(mask: np.ndarray) -> dict:
-    """Return COCO's area, box (x, y, width, height) and polygons of a mask (H, W)."""
+    """COCO's area, box (x, y, width, height) and polygons of a mask (H, W)."""
     ys, xs = np.nonzero(mask)
     x, y = int(xs.min()), int(ys.min())
     return {
@@ -278,7 +276,7 @@ def _outline(mask: np.ndarray) -> dict:
 
 
 def _polygons(mask: np.ndarray) -> list[list[int]]:
-    """Return the polygons (x, y, x, y, ...) that cover exactly the pixels of a mask (H, W).
+    """The polygons (x, y, x, y, ...) that cover exactly the pixels of a mask (H, W).
 
     COCO's polygons have no holes: a mask with a hole is cut in two through the hole.
     """
@@ -295,7 +293,7 @@ def _polygons(mask: np.ndarray) -> list[list[int]]:
 
 
 def _boundaries(mask: np.ndarray) -> list[list[tuple[int, int]]]:
-    """Return the closed paths along pixel edges that have the mask on their right-hand side."""
+    """The closed paths along pixel edges that have the mask on their right-hand side."""
     inside = np.pad(mask, 1)
     steps: dict[tuple[int, int], list[tuple[int, int]]] = {}
     # For each side: the neighbour that must be outside, and the edge's start and direction.

@@ -17,12 +17,14 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from tabulate import tabulate
 
 TOOLS = Path(os.path.relpath(Path(__file__).resolve().parent))
-CONFIG = TOOLS.parent / "configs" / "finetune" / "faster_rcnn.py"
+DRAW_SHAPES = (TOOLS / "draw_shapes.py",)
+DETBACKBONES = ("-m", "detbackbones")
 HEADER = "# The commands of tools/quickstart.py\n"
 OUTPUTS = ("commands.sh", "shapes", "source", "backbone.safetensors", "finetune", "scratch")
 
@@ -77,22 +79,24 @@ def prepare_output(folder: Path, overwrite: bool) -> None:
     commands.write_text(HEADER)
 
 
-def run(title: str, output: Path, program: str, *arguments: str | Path) -> float:
+def run(title: str, output: Path, program: Sequence[str | Path], *arguments: str | Path) -> float:
     """Print a command, keep it and run it; end with its exit status if it fails.
 
     Returns:
         the seconds that it took.
     """
-    command = [sys.executable, TOOLS / program, *arguments]
+    command = [sys.executable, *program, *arguments]
     words = [shlex.quote(str(word)) for word in (os.path.relpath(command[0]), *command[1:])]
-    text = f"\n# {title}\n" + " ".join(words[:2]) + "".join(f" \\\n    {w}" for w in words[2:])
+    first = 1 + len(program)
+    text = f"\n# {title}\n{' '.join(words[:first])}"
+    text += "".join(f" \\\n    {word}" for word in words[first:])
     print(text, flush=True)
     with open(output / "commands.sh", "a") as commands:
         commands.write(text + "\n")
     start = time.perf_counter()
     status = subprocess.run(command).returncode
     if status:
-        print(f"quickstart: {program} failed with exit status {status}", file=sys.stderr)
+        print(f"quickstart: this failed with exit status {status}: {title}", file=sys.stderr)
         sys.exit(status if status > 0 else 1)
     return time.perf_counter() - start
 
@@ -109,8 +113,8 @@ def train(
     seconds = run(
         title,
         output,
-        "train_net.py",
-        f"--config-file={CONFIG}",
+        (*DETBACKBONES, "train"),
+        "--config-file=finetune/faster_rcnn.py",
         f"train.output_dir={output / name}",
         f"train.max_iter={iterations}",
         *(f"dataset.{split}_json={shapes / split}.json" for split in ("train", "val")),
@@ -143,14 +147,15 @@ def main() -> None:
     for seed, (name, (classes, images)) in enumerate(DATA.items(), start=args.seed):
         options = [f"--classes={classes}", f"--train={images}", f"--size={SIZE}", f"--seed={seed}"]
         folder = output / "shapes" / name
-        run(f"draw the {name} shapes", output, "draw_shapes.py", f"--output={folder}", *options)
+        run(f"draw the {name} shapes", output, DRAW_SHAPES, f"--output={folder}", *options)
     seed = f"train.seed={args.seed}"
     title = "(a) train a detector on the source classes, with batch norm learning"
     iterations = 6 * args.iterations
     source = train(title, output, "source", "source", iterations, seed, *RANDOM_WEIGHTS)
     title = "(b) save its backbone as a timm checkpoint"
     backbone = output / "backbone.safetensors"
-    run(title, output, "export_backbone.py", output / "source" / "model_final.pth", backbone)
+    trained = output / "source" / "model_final.pth"
+    run(title, output, (*DETBACKBONES, "backbone"), trained, backbone)
     title = "(c) fine-tune from that checkpoint on the target classes, with batch norm frozen"
     checkpoint = f"model.backbone.bottom_up.checkpoint_path={backbone}"
     opts = (seed, checkpoint, *FROZEN_NORM)

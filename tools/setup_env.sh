@@ -5,16 +5,19 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 stamp=.venv/setup_env.stamp
-wanted=$({ pwd; cat setup.py tools/constraints.txt tools/install_detectron2.py; } | cksum)
+install=detbackbones/cli/install_detectron2.py
+wanted=$({ pwd; cat setup.py tools/constraints.txt "$install"; } | cksum)
 if [[ -x .venv/bin/python && -f $stamp && $(<"$stamp") == "$wanted" ]]; then
     exit 0
 fi
+echo "setup_env: making $PWD/.venv with torch, detectron2 and what they need from the package" \
+    "index: about 6 GB on disk" >&2
 
 if ! .venv/bin/python -m pip --version >/dev/null 2>&1; then
     for python in python3.11 python3 ""; do
         if [[ -z $python ]]; then
             echo "setup_env: Python 3.11 or newer is needed (the pinned numpy does not run on" \
-                "older ones), but neither python3.11 nor python3 is one." >&2
+                "older ones), but neither python3.11 nor python3 is one" >&2
             exit 1
         fi
         "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && break
@@ -24,6 +27,6 @@ fi
 
 rm -f "$stamp"
 export PIP_CONSTRAINT=tools/constraints.txt
-.venv/bin/python -m pip install --quiet --disable-pip-version-check -e '.[detr,test]'
-.venv/bin/python tools/install_detectron2.py
+.venv/bin/python -m pip install --disable-pip-version-check -e '.[detr,test]' >&2
+.venv/bin/detbackbones install-detectron2
 echo "$wanted" >"$stamp"

@@ -1,6 +1,12 @@
 #!/usr/bin/env bash
-# Run the tests in .venv, making it first if needed: tools/test.sh [pytest arguments]
+# Run the tests in .venv, making it first if needed: tools/test.sh [--all] [pytest arguments]
+# Those that take long (marked slow) run with --all alone.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 tools/setup_env.sh
-exec .venv/bin/python -m pytest "$@"
+marks=(-m "not slow")
+words=()
+for word in "$@"; do
+    if [[ $word == --all ]]; then marks=(); else words+=("$word"); fi
+done
+exec .venv/bin/python -m pytest "${marks[@]}" "${words[@]}"

@@ -1,7 +1,7 @@
 """The ResNet-50 backbones and the pyramids over them; a config changes the model's name."""
 
 from detbackbones import TimmBackbone, TorchvisionBackbone, build_pyramid
-from detbackbones.timm_backbone import pixel_mean, pixel_std
+from detbackbones.backbones.timm_backbone import pixel_mean, pixel_std
 from detectron2.config import LazyCall as L
 from detectron2.modeling.backbone.fpn import LastLevelMaxPool, LastLevelP6P7
 

@@ -1,7 +1,7 @@
 """COCO, and the 1x schedule: 12 epochs with a batch of 16."""
 
-from detbackbones.data import CheckedDatasetMapper
-from detbackbones.loader import build_train_loader
+from detbackbones.data.loader import build_train_loader
+from detbackbones.data.mapper import CheckedDatasetMapper
 from detectron2 import model_zoo
 
 from .train import train  # noqa: F401

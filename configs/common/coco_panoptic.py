@@ -1,6 +1,6 @@
 """COCO with things and stuff, and the 1x schedule."""
 
-from detbackbones.semantic import panoptic_evaluator, sem_seg_evaluator
+from detbackbones.data.semantic import panoptic_evaluator, sem_seg_evaluator
 from detectron2.config import LazyCall as L
 from detectron2.evaluation import COCOEvaluator
 

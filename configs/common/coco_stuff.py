@@ -1,6 +1,6 @@
 """COCO's stuff as semantic segmentation (all things are one class), and the 1x schedule."""
 
-from detbackbones.semantic import sem_seg_evaluator
+from detbackbones.data.semantic import sem_seg_evaluator
 from detectron2.config import LazyCall as L
 
 from .coco import dataloader, lr_multiplier, optimizer, train  # noqa: F401

@@ -1,6 +1,6 @@
 """One's own data, and a schedule for a small data set on one GPU or a CPU."""
 
-from detbackbones.data import register_coco
+from detbackbones.data.coco import register_coco
 from detectron2.config import LazyCall as L
 from detectron2.solver import WarmupParamScheduler
 from fvcore.common.param_scheduler import CosineParamScheduler

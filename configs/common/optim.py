@@ -1,7 +1,7 @@
 """AdamW without weight decay on norms and biases, and learning rates for the backbone's layers."""
 
 import torch
-from detbackbones.optim import param_groups
+from detbackbones.training.optim import param_groups
 from detectron2.config import LazyCall as L
 
 AdamW = L(torch.optim.AdamW)(

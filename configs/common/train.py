@@ -1,4 +1,4 @@
-"""Settings of tools/train_net.py."""
+"""Settings of `detbackbones train`."""
 
 from detectron2 import model_zoo
 

@@ -1,8 +1,8 @@
 """detrex's DINO, timm ResNet-152-D, COCO for 12 epochs."""
 
 from detbackbones import TimmBackbone
+from detbackbones.backbones.timm_backbone import pixel_mean, pixel_std
 from detbackbones.shapes import output_names, output_shapes
-from detbackbones.timm_backbone import pixel_mean, pixel_std
 from detectron2.config import LazyCall as L
 
 from ..common.detrex import dataloader, lr_multiplier, model, optimizer, train  # noqa: F401

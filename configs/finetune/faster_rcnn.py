@@ -1,6 +1,6 @@
 """faster rcnn on one's own data: set dataset.train_json, train_images, val_json, val_images."""
 
-from detbackbones.data import num_classes
+from detbackbones.data.registry import num_classes
 from detectron2.config import LazyCall as L
 
 from ..common.finetune import dataloader, dataset, lr_multiplier, optimizer, train  # noqa: F401

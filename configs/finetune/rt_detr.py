@@ -3,7 +3,7 @@
 Or another architecture: model.architecture=deformable_detr.
 """
 
-from detbackbones.data import num_classes
+from detbackbones.data.registry import num_classes
 from detectron2.config import LazyCall as L
 
 from ..common.finetune import dataloader, dataset, lr_multiplier, optimizer, train  # noqa: F401

@@ -1,7 +1,7 @@
 """semantic FPN on one's own data: set dataset.train_images, train_labels, val_images, val_labels
 and num_classes. The images may be a pattern: dataset.train_images='images/train_*.jpg'."""
 
-from detbackbones.semantic import register_semantic, sem_seg_evaluator
+from detbackbones.data.semantic import register_semantic, sem_seg_evaluator
 from detectron2.config import LazyCall as L
 
 from ..common.finetune import dataloader, dataset, lr_multiplier, optimizer, train  # noqa: F401

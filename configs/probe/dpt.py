@@ -1,7 +1,7 @@
 """DPT's decoder as a probe: data as for linear.py. Of a plain ViT it takes four depths."""
 
 from detbackbones.heads import DPTHead
-from detbackbones.heads.probe import dpt_indices
+from detbackbones.heads.dpt import dpt_indices
 from detectron2.config import LazyCall as L
 
 from .linear import dataloader, dataset, lr_multiplier, model, optimizer, train  # noqa: F401

@@ -11,7 +11,8 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling import Backbone
 from torch import nn
 
-from ..feature_backbone import plain_dict, select_levels
+from ..config import plain_dict
+from ..measure.levels import select_levels
 from ..messages import nearest
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from detectron2.structures import Boxes, ImageList, Instances
 from torch import nn
 from torchvision.ops import box_convert
 
-from ..feature_backbone import FeatureBackbone
+from ..backbones.feature_backbone import FeatureBackbone
 from ..messages import one_of, whole_number
 from .architectures import ARCHITECTURES, build_config, build_model, choose_levels
 from .pretrained import load_pretrained, read_config, save_pretrained
@@ -229,7 +229,8 @@ class TransformersDetector(nn.Module):
             ValueError: if the backbone is not one that transformers builds through timm, or
                 transformers' model does not give what this one gives.
         """
-        save_pretrained(self, folder, class_names)
+        pixels = (self.pixel_mean, self.pixel_std)
+        save_pretrained(folder, self.detr, self.backbone, self.in_features, pixels, class_names)
 
 
 def images_and_mask(images: ImageList) -> dict[str, torch.Tensor]:

@@ -11,16 +11,15 @@ import torch
 from detectron2.modeling import Backbone
 from torch import nn
 
-from ..checkpoint import downloading_from_hub
-from ..feature_backbone import FeatureBackbone
-from ..messages import one_of
-from ..timm_backbone import TimmBackbone
+from ..backbones.feature_backbone import FeatureBackbone
+from ..backbones.timm_backbone import TimmBackbone
+from ..downloads import downloading_from_hub
+from ..messages import first_line, nearest
+from ..weights import fitting, unloaded
 from .architectures import ARCHITECTURES, encoder_name, import_transformers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
-
-    from .detector import TransformersDetector
 
 # What transformers calls a ResNet-D in RT-DETR, and timm in resnet50d; the order matters.
 _RESNET_D = [
@@ -45,9 +44,9 @@ def _reading(name: str) -> Iterator[None]:
         try:
             yield
         except (OSError, ValueError) as error:
-            reason = str(error).strip().partition("\n")[0]
             raise ValueError(
-                f"pretrained_detector={name!r} is no folder of a detector of transformers: {reason}"
+                f"pretrained_detector={name!r} is no folder of a detector of transformers: "
+                f"{first_line(error)}"
             ) from error
     else:
         advice = "give pretrained_detector= a folder, or train.init_checkpoint= a file"
@@ -68,9 +67,11 @@ def read_config(name: str) -> "PreTrainedConfig":
     """
     with _reading(name):
         config = import_transformers().AutoConfig.from_pretrained(name)
-    one_of(
-        f"pretrained_detector={name!r} is of an architecture that", config.model_type, ARCHITECTURES
-    )
+    if config.model_type not in ARCHITECTURES:
+        raise ValueError(
+            f"pretrained_detector={name!r} must be of a known architecture, and it is of "
+            f"{config.model_type!r}: {nearest(config.model_type, ARCHITECTURES)}"
+        )
     return config
 
 
@@ -96,7 +97,7 @@ def load_pretrained(model: "PreTrainedModel", backbone: Backbone, name: str) -> 
     state = source.state_dict()
     rest = {key: value for key, value in state.items() if not key.startswith(prefix)}
     own = model.state_dict()
-    fit = {k: v for k, v in rest.items() if k in own and own[k].shape == v.shape}
+    fit = fitting(rest, own)
     model.load_state_dict(fit, strict=False)
     left = sorted({key.rpartition(".")[0] for key in own if key not in fit})
 
@@ -146,76 +147,98 @@ def _timm_backbone(backbone: Backbone) -> TimmBackbone | None:
 
 def _load_backbone(backbone: FeatureBackbone, state: Mapping[str, torch.Tensor]) -> int:
     """Load a backbone if all that it needs is there; the number of tensors."""
-    for key, value in backbone.state_dict().items():
-        key = key.removeprefix("model.")
-        fits = key in state and state[key].shape == value.shape
-        if not fits and not key.endswith("num_batches_tracked"):
-            return 0
+    own = {key.removeprefix("model."): value for key, value in backbone.state_dict().items()}
+    if unloaded(own, fitting(state, own)):
+        return 0
     return backbone.load_source(state)[0]
 
 
 def save_pretrained(
-    detector: "TransformersDetector", folder: str, class_names: Sequence[str] | None = None
+    folder: str,
+    detr: "PreTrainedModel",
+    backbone: Backbone,
+    in_features: Sequence[str],
+    pixels: tuple[torch.Tensor, torch.Tensor],
+    class_names: Sequence[str] | None,
 ) -> None:
-    """See :meth:`TransformersDetector.save_pretrained`."""
+    """Write a detector as transformers reads it.
+
+    Args:
+        folder: to write to; it must not exist or be empty.
+        detr: the model, with the backbone in the place of its encoder.
+        backbone: the backbone.
+        in_features: names of the levels that the model takes.
+        pixels: mean and deviation of the images' channels, 0 to 255, (C, 1, 1) each.
+        class_names: names of the classes, in order; None for LABEL_0 and so on.
+
+    Raises:
+        FileExistsError: if ``folder`` holds files.
+        ValueError: if the backbone is not one that transformers builds through timm, or
+            transformers' model does not give what this one gives.
+    """
     transformers = import_transformers()
     if os.path.isdir(folder) and os.listdir(folder):
         raise FileExistsError(f"folder {folder!r} holds files: choose another name or empty it")
-    if class_names is not None and len(class_names) != detector.num_classes:
+    if class_names is not None and len(class_names) != detr.config.num_labels:
         raise ValueError(
-            f"class_names has {len(class_names)} names for {detector.num_classes} classes"
+            f"class_names has {len(class_names)} names for {detr.config.num_labels} classes"
         )
-    backbone = detector.backbone
     timm = isinstance(backbone, TimmBackbone)
     if not timm or not backbone.indices:
         raise ValueError(
             "save_pretrained: transformers builds the stages of timm's models, and the backbone is "
             f"a {type(backbone).__name__}" + (" with layers=" if timm else "")
         )
-    settings = detector.detr.config.to_dict()
+    settings = detr.config.to_dict()
     settings["backbone_config"] = transformers.TimmBackboneConfig(
         backbone=backbone.model_name,
-        out_indices=[backbone.indices[name] for name in detector.in_features],
+        out_indices=[backbone.indices[name] for name in in_features],
     )
     if class_names is not None:
         settings["id2label"] = dict(enumerate(class_names))
         settings["label2id"] = {name: i for i, name in enumerate(class_names)}
-    config = type(detector.detr.config).from_dict(settings)
+    config = type(detr.config).from_dict(settings)
     model = transformers.AutoModelForObjectDetection.from_config(config)
     encoder = model.get_submodule(encoder_name(model))
     timm_model = getattr(encoder.model, "_backbone", encoder.model)
-    with contextlib.suppress(RuntimeError):  # other shapes, which the comparison finds
-        timm_model.load_state_dict(backbone.model.state_dict(), strict=False)
-    _check_maps(detector, encoder)
-    model.load_state_dict(detector.detr.state_dict(), strict=False)
+    own = timm_model.state_dict()
+    # timm's extractors write some dots of names as underscores, or model. before them
+    names = {key.removeprefix("model.").replace(".", "_"): key for key in own}
+    state = {key.removeprefix("model."): value for key, value in backbone.state_dict().items()}
+    state = {names.get(key.replace(".", "_"), key): value for key, value in state.items()}
+    timm_model.load_state_dict(fitting(state, own), strict=False)
+    _check_maps(backbone, in_features, encoder, len(pixels[0]))
+    model.load_state_dict(detr.state_dict(), strict=False)
     model.save_pretrained(folder)
-    padded = ARCHITECTURES[detector.architecture].padded_boxes
+    padded = ARCHITECTURES[detr.config.model_type].padded_boxes
     kind = "RTDetrImageProcessor" if padded else "DeformableDetrImageProcessor"
     getattr(transformers, kind)(
         do_normalize=True,
-        image_mean=(detector.pixel_mean.flatten() / 255).tolist(),
-        image_std=(detector.pixel_std.flatten() / 255).tolist(),
+        image_mean=(pixels[0].flatten() / 255).tolist(),
+        image_std=(pixels[1].flatten() / 255).tolist(),
     ).save_pretrained(folder)
 
 
 @torch.no_grad()
-def _check_maps(detector: "TransformersDetector", encoder: nn.Module) -> None:
+def _check_maps(
+    backbone: FeatureBackbone, in_features: Sequence[str], encoder: nn.Module, channels: int
+) -> None:
     """Refuse to save a detector whose feature maps transformers does not compute."""
-    divisor, device = detector.backbone.size_divisibility, detector.device
+    divisor, device = backbone.size_divisibility, next(backbone.parameters()).device
     side = divisor * math.ceil(128 / divisor)
-    images = torch.randn(1, len(detector.pixel_mean), side, side, device=device)
+    images = torch.randn(1, channels, side, side, device=device)
     mask = torch.ones(1, side, side, device=device)
-    training = detector.training
-    levels = detector.eval().backbone(images)
-    detector.train(training)
-    own = [levels[name] for name in detector.in_features]
+    training = backbone.training
+    levels = backbone.eval()(images)
+    backbone.train(training)
+    own = [levels[name] for name in in_features]
     try:
         theirs = [level for level, _ in encoder.to(device).eval()(images, mask)]
-    except Exception as error:
+    except Exception as error:  # a model may fail in any way
         reason = f"transformers cannot run it: {error}"
     else:
         same = [level.shape for level in own] == [level.shape for level in theirs]
         if same and all((a - b).abs().max() <= 1e-3 * a.abs().max() for a, b in zip(own, theirs)):
             return
         reason = "transformers' model of this name gives other feature maps"
-    raise ValueError(f"backbone={detector.backbone.model_name!r} cannot be saved: {reason}")
+    raise ValueError(f"backbone={backbone.model_name!r} cannot be saved: {reason}")

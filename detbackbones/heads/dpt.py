@@ -10,6 +10,7 @@ from detectron2.layers import Conv2d, ShapeSpec, get_norm
 from detectron2.modeling import SEM_SEG_HEADS_REGISTRY
 from torch import nn
 
+from ..backbones.timm_source import TimmSource
 from .segmentation_head import SegmentationHead, upsample
 
 DEPTHS = 4  # of a plain ViT: their maps become a pyramid by these factors
@@ -18,13 +19,14 @@ FACTORS = (4, 2, 1, 0.5)
 
 @SEM_SEG_HEADS_REGISTRY.register()
 class DPTHead(SegmentationHead):
-    """Levels are reassembled as a pyramid and fused from coarse to fine.
+    """Levels are made a pyramid and fused from coarse to fine.
 
     The head of https://arxiv.org/abs/2103.13413 for segmentation. Four levels of one stride, as a
     plain ViT has them at four depths, become levels of 1/4, 1/2, 1 and 2 times that stride, the
-    shallowest the finest; those of a pyramid are taken as they are. Unlike there the norm is group
-    norm, as in detectron2's SemSegFPNHead, since the statistics of small batches do not last; and
-    one follows the projection of each level, for the scales of frozen features differ much.
+    shallowest the finest; the levels of a pyramid keep their strides. Two things differ from the
+    paper. The norm is group norm, as in detectron2's SemSegFPNHead, for batch norm is unreliable
+    with small batches. And the projection of each level has a norm too, for the scales of frozen
+    features differ much between levels.
     """
 
     @configurable
@@ -102,7 +104,7 @@ class ResidualUnit(nn.Module):
 
 
 class Fusion(nn.Module):
-    """A level and what came of the coarser ones are added, refined, and doubled in size."""
+    """Adds a level to the fused coarser ones, refines the sum and doubles its size."""
 
     def __init__(self, channels: int, norm: str, alone: bool):
         """
@@ -137,9 +139,9 @@ def _factors(strides: Sequence[int]) -> Sequence[float]:
     if len(strides) > 1 and all(2 * fine == coarse for fine, coarse in zip(strides, strides[1:])):
         return [1] * len(strides)
     raise ValueError(
-        f"input_shape has the strides {', '.join(map(str, strides))}: valid are {DEPTHS} levels of "
-        "one stride, as out_indices=(2, 5, 8, 11) gives them of a ViT with 12 blocks, or a pyramid "
-        "in which each stride is twice the one before"
+        f"input_shape with strides {', '.join(map(str, strides))} must be {DEPTHS} levels of one "
+        "stride, as out_indices=(2, 5, 8, 11) gives them of a ViT with 12 blocks, or a pyramid in "
+        "which each stride is twice the one before"
     )
 
 
@@ -157,3 +159,23 @@ def _reassemble(inputs: int, channels: int, factor: float, norm: str) -> nn.Sequ
     elif factor < 1:
         layers.append(nn.Conv2d(channels, channels, 3, stride=round(1 / factor), padding=1))
     return nn.Sequential(*layers)
+
+
+def dpt_indices(model_name: str) -> list[int] | None:
+    """``out_indices`` of a timm model for DPTHead, for a config that takes any model.
+
+    Args:
+        model_name: as TimmBackbone takes it.
+
+    Returns:
+        four depths of a model whose levels all have one stride, the last of each quarter, as
+        https://arxiv.org/abs/2103.13413 has them: (2, 5, 8, 11) of 12. None for a pyramid.
+
+    Raises:
+        ValueError: if the model is unknown or has no feature maps.
+    """
+    source = TimmSource(model_name)
+    indices = source.level_keys
+    if len({level.stride for level in source.trace.levels}) > 1 or len(indices) < DEPTHS:
+        return None
+    return [indices[len(indices) * n // DEPTHS - 1] for n in range(1, DEPTHS + 1)]

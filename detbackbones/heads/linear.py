@@ -18,9 +18,9 @@ from .segmentation_head import SegmentationHead, upsample
 class LinearHead(SegmentationHead):
     """A 1x1 convolution on one level, or on several that are resized to the finest and joined.
 
-    The features are standardised before it, as DINOv2's linear evaluation does it by batch norm
+    The features are standardised before it, as DINOv2's linear evaluation does by batch norm
     (https://arxiv.org/abs/2304.07193): the scales of frozen features differ by orders of magnitude
-    between models, levels and channels, and one learning rate is to do for all.
+    between models, levels and channels, and without it each would need its own learning rate.
     """
 
     @configurable
@@ -71,8 +71,9 @@ class LinearHead(SegmentationHead):
 class Standardise(nn.Module):
     """Batch norm by the mean and variance of all batches so far, in training too.
 
-    With those of the batch alone, a classifier of a few different images learns what it does not
-    find again in evaluation. Each batch of each process counts as much as any other.
+    By those of the batch alone, as batch norm does in training, the same pixel would have other
+    values in training than in evaluation, and much so if a batch has few different images. Each
+    batch of each process counts as much as any other.
     """
 
     def __init__(self, channels: int):

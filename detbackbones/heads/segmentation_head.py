@@ -9,12 +9,20 @@ from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
 from torch import nn
 
-from ..feature_backbone import select_levels
+from ..measure.levels import select_levels
 from ..messages import whole_number
 
 
 def upsample(x: torch.Tensor, factor: float) -> torch.Tensor:
-    """Maps (N, C, h, w) made larger by a factor, each pixel staying where it is in the image."""
+    """Resize maps, with each pixel staying where it is in the image.
+
+    Args:
+        x: (N, C, h, w).
+        factor: by which h and w grow, or shrink if it is below 1.
+
+    Returns:
+        (N, C, factor h, factor w), the sizes rounded.
+    """
     size = [round(n * factor) for n in x.shape[-2:]]
     return F.interpolate(x, size, mode="bilinear", align_corners=False)
 
@@ -55,8 +63,8 @@ class SegmentationHead(nn.Module):
         whole_number("num_classes", num_classes)
         if ignore_value in range(num_classes):
             raise ValueError(
-                f"ignore_value={ignore_value} is one of the classes 0 to {num_classes - 1}: valid "
-                "is any other number, as in the label maps"
+                f"ignore_value={ignore_value} must be none of the classes 0 to {num_classes - 1}, "
+                "but the value that the label maps have for no class"
             )
         names = list(input_shape)
         names = names if in_features is None else select_levels(in_features, names, "in_features")
@@ -100,6 +108,9 @@ class SegmentationHead(nn.Module):
         Args:
             predictions: what :meth:`layers` returned.
             targets: the class of each pixel, (N, H, W).
+
+        Returns:
+            the loss, a scalar, by its name.
         """
         height, width = targets.shape[-2:]
         # Levels whose size was rounded up reach beyond the image.

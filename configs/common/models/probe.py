@@ -1,8 +1,8 @@
 """A frozen timm backbone, and a linear classifier of its pixels."""
 
+from detbackbones.backbones.timm_backbone import pixel_mean, pixel_std
 from detbackbones.heads import LinearHead
 from detbackbones.shapes import output_shapes
-from detbackbones.timm_backbone import pixel_mean, pixel_std
 from detectron2.config import LazyCall as L
 from detectron2.modeling import SemanticSegmentor
 

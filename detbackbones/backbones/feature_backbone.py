@@ -1,0 +1,323 @@
+"""FeatureBackbone: a model of any source as a detectron2 backbone."""
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+
+import torch
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import Backbone
+from torch import nn
+
+from ..adapt.fold import fold_norms
+from ..adapt.freeze import freeze, frozen_part
+from ..adapt.grad_checkpointing import Checkpoints
+from ..adapt.memory_format import gains_from_channels_last
+from ..adapt.norm import NORMS, convert_norm, is_batch_norm
+from ..adapt.prune import prune
+from ..measure.levels import output_list
+from ..messages import one_of, whole_number
+from ..weights import backbone_state_dict, fitting, read_state_dict, unloaded
+from .module_source import ModuleSource
+from .source import Fit, Levels, Source
+
+logger = logging.getLogger(__name__)
+
+
+class FeatureBackbone(Backbone):
+    """A model with measured channels and strides, frozen as asked.
+
+    Parameters, buffers and modules have the source model's own names under the prefix ``model.``,
+    so that checkpoints of the source model load into it, and it saves back to them.
+
+    Attributes:
+        source: what the model is.
+        model: the source model, without the parts that no level depends on.
+        execution_order: names of the parameters in the order of their first use.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        levels: Levels | None = None,
+        *,
+        pretrained: bool = False,
+        checkpoint_path: str = "",
+        norm: str = "",
+        freeze_at: int = 0,
+        fold: bool = True,
+        channels_last: bool | None = None,
+        compile: bool = False,
+        grad_checkpointing: bool = False,
+    ):
+        """
+        Args:
+            source: the model.
+            levels: which of its levels to output, under which names; by default the last of each
+                stride from 4 to 32, ``res2`` to ``res5``.
+            pretrained: with the model's pretrained weights, else with random ones.
+            checkpoint_path: a file of weights, see :meth:`load_checkpoint`.
+            norm: batch norm ``""`` as in the model, ``"FrozenBN"``, ``"SyncBN"`` or ``"BN"``; see
+                :func:`detbackbones.adapt.norm.convert_norm`.
+            freeze_at: 0 nothing, 1 the stem, 2 up to and including ``res2``, ... 5 all.
+            fold: make frozen batch norm a part of the convolution before it, see
+                :func:`detbackbones.adapt.fold.fold_norms`.
+            channels_last: the memory format of the maps; None is for where it was measured to help,
+                on a CPU in models with batch norm.
+            compile: pass the extractor through ``torch.compile``.
+            grad_checkpointing: compute maps again in the backward pass instead of keeping them.
+
+        Raises:
+            ValueError: if an argument is out of range, or the model cannot give these levels.
+            FileNotFoundError: if ``checkpoint_path`` does not exist.
+            ConnectionError: if pretrained weights cannot be downloaded.
+        """
+        super().__init__()
+        switches = {"fold": fold, "compile": compile, "grad_checkpointing": grad_checkpointing}
+        for key, value in switches.items():
+            one_of(key, value, (True, False))
+        one_of("channels_last", channels_last, (None, True, False))
+        one_of("norm", norm, NORMS)
+        if compile and grad_checkpointing:
+            raise ValueError("compile=True and grad_checkpointing=True cannot be had together")
+
+        # what is frozen, and how the levels can be had, is known before there are any weights
+        part = frozen_part(source.trace, freeze_at, source.prefix)
+        levels = levels or source.levels_by_stride()
+        fit = source.fit(levels)
+        prefix = source.names_in(levels)
+
+        extractor = source.build(levels, fit.options, pretrained)
+        source.switch_off_dropout(extractor, part.modules)
+        prune(extractor, fit.trace, source.in_channels, fit.sizes)
+        extractor = convert_norm(extractor, norm)
+        self._eval_modules = freeze(extractor, part, prefix)
+        if norm == "FrozenBN":  # what is a batch norm still is of no class that we can replace
+            modules = extractor.named_modules()
+            self._eval_modules += [name for name, module in modules if is_batch_norm(module)]
+        if fold:
+            _fold(extractor, fit, source.in_channels)
+        if compile:
+            extractor.compile(dynamic=True)
+
+        self.source = source
+        self.model = extractor.get_submodule(prefix.removesuffix("."))
+        self._extractor = [extractor]  # in a list it is no submodule, and has no names of its own
+        self._channels_last = channels_last
+        self._channels_last_on_cpu = gains_from_channels_last(extractor)
+        self._describe(fit, list(levels.names.values()), prefix)
+        self.train()
+        self._checkpoints = None
+        if grad_checkpointing:
+            self._checkpoints = Checkpoints(extractor)
+        if checkpoint_path:
+            self.load_checkpoint(checkpoint_path)
+
+    @staticmethod
+    def from_module(
+        module: nn.Module,
+        layers: Sequence[str] | Mapping[str, str],
+        *,
+        in_channels: int = 3,
+        img_size: int = 224,
+        norm: str = "",
+        freeze_at: int = 0,
+    ) -> "FeatureBackbone":
+        """A backbone of any module that maps images to anything, by the names of its layers.
+
+        Example::
+
+            backbone = FeatureBackbone.from_module(MyNet(), layers={"stage3": "res4"})
+
+        Args:
+            module: runs on (N, C, H, W) images; the backbone has a copy of the part that its
+                layers need.
+            layers: names of modules that give the levels, or these names to names of the levels.
+            in_channels: channels of the images.
+            img_size: the N of an N x N image that the module takes.
+            norm, freeze_at: as in the constructor; ``freeze_at`` is by the strides of ``layers``.
+
+        Raises:
+            ValueError: if an argument is out of range, or a layer gives no feature map.
+        """
+        whole_number("in_channels", in_channels)
+        whole_number("img_size", img_size)
+        source = ModuleSource(module, layers, in_channels, img_size)
+        frozen_part(source.trace, freeze_at)  # refuses what is out of range
+        finest = min(level.exponent for level in source.trace.levels)
+        if 0 < freeze_at < finest:
+            raise ValueError(
+                f"freeze_at={freeze_at} needs a level of stride {2**freeze_at} or less among "
+                f"layers={layers}, whose finest has stride {2**finest}"
+            )
+        backbone = FeatureBackbone(source, source.levels, norm=norm, freeze_at=freeze_at)
+        source.forget_weights()
+        return backbone
+
+    def _describe(self, fit: Fit, names: Sequence[str], prefix: str) -> None:
+        """Keep what was measured of the levels, fine to coarse, and the sizes that are taken."""
+        # (position among the extractor's outputs, level)
+        levels = sorted(zip(names, enumerate(fit.trace.levels)), key=lambda item: item[1][1].stride)
+        self._levels = dict(levels)
+        self._out_features = list(self._levels)
+        self._out_feature_channels = {n: level.channels for n, (_, level) in levels}
+        self._out_feature_strides = {n: level.stride for n, (_, level) in levels}
+        self._sizes = fit.sizes
+        step = math.lcm(*self._out_feature_strides.values())
+        if step % fit.sizes.divisor == 0 and not fit.sizes.img_size:
+            self._sizes = replace(fit.sizes, divisor=1)  # the strides say as much
+        first_use = fit.trace.parameters
+        order = sorted(first_use, key=first_use.get)
+        self.execution_order = [f"model.{name.removeprefix(prefix)}" for name in order]
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        """
+        Args:
+            x: images (N, C, H, W); H and W are multiples of ``size_divisibility``.
+
+        Returns:
+            each level's feature map (N, C, H / stride, W / stride), fine to coarse.
+
+        Raises:
+            ValueError: if the model does not take images of this size.
+        """
+        size = tuple(x.shape[-2:])
+        self._sizes.check(size)
+        channels_last = self._channels_last
+        if channels_last is None:
+            channels_last = x.is_cpu and self._channels_last_on_cpu
+        if channels_last:
+            x = x.contiguous(memory_format=torch.channels_last)
+        run = self.extractor
+        if self._checkpoints:
+            run = partial(self._checkpoints.run, run)
+        outputs = output_list(run(x))
+        return {
+            name: level.feature_map(outputs[i], size) for name, (i, level) in self._levels.items()
+        }
+
+    @property
+    def extractor(self) -> nn.Module:
+        """What runs ``model`` and gives the levels as its library has them."""
+        return self._extractor[0]
+
+    def output_shape(self) -> dict[str, ShapeSpec]:
+        """Channels and stride of each level, fine to coarse."""
+        return super().output_shape()
+
+    @property
+    def size_divisibility(self) -> int:
+        """Height and width of the input must be multiples of this.
+
+        A model that takes images of N x N alone has N here: detectron2 then pads smaller images to
+        N x N, and larger ones to a size that is refused. (Its padding constraint ``square_size``
+        would cut them off.)
+        """
+        return math.lcm(self._sizes.divisor, *self._out_feature_strides.values())
+
+    @property
+    def img_size(self) -> int | None:
+        """N if the model takes images padded to N x N alone, None if it takes other sizes too."""
+        return self._sizes.img_size
+
+    @property
+    def resampled(self) -> list[str]:
+        """Levels whose own grid is no whole fraction of the image, and is resampled to one."""
+        return [name for name, (_, level) in self._levels.items() if level.resampled]
+
+    @property
+    def model_name(self) -> str:
+        """What the source calls the model."""
+        return self.source.model_name
+
+    @property
+    def pixel_mean(self) -> list[float] | None:
+        """Mean of the images that the model was trained on, by channel, 0 to 255; None if unknown.
+
+        timm's and torchvision's are RGB.
+        """
+        return self.source.pixel_mean
+
+    @property
+    def pixel_std(self) -> list[float] | None:
+        """Standard deviation that goes with :attr:`pixel_mean`."""
+        return self.source.pixel_std
+
+    def train(self, mode: bool = True) -> "FeatureBackbone":
+        """Set the mode of all but the frozen modules, which stay in eval mode."""
+        super().train(mode)
+        self.extractor.training = mode
+        for name in self._eval_modules:
+            self.extractor.get_submodule(name).eval()
+        return self
+
+    def load_source(self, state: Mapping[str, torch.Tensor]) -> tuple[int, list[str]]:
+        """Load a state dict of the source model; what the levels do not need is passed over.
+
+        Args:
+            state: in any format that the source knows how to convert.
+
+        Returns:
+            how many tensors were loaded, and the keys that are missing or of another shape.
+
+        Raises:
+            ValueError: if the state dict has layers that the source model has not.
+        """
+        state = self.source.convert(state)
+        own = {key.removeprefix("model."): value for key, value in self.state_dict().items()}
+        parts = {key.partition(".")[0] for key in own}
+        for key in state:
+            foreign = key.endswith(".weight") and key not in self.source.state_names
+            if foreign and key.partition(".")[0] in parts:
+                raise ValueError(f"the model has no {key}")
+        fit = fitting(state, own)
+        self.load_state_dict({f"model.{key}": value for key, value in fit.items()}, strict=False)
+        return len(fit), unloaded(own, fit)
+
+    def load_checkpoint(self, path: str) -> None:
+        """Load a file with weights of the source model, or of a detector with this backbone, whole.
+
+        Args:
+            path: see :func:`detbackbones.weights.read_state_dict`.
+
+        Raises:
+            FileNotFoundError: if there is no such file.
+            ValueError: if any tensor that the backbone needs is missing or of another shape.
+        """
+        state = read_state_dict(path)
+        state = backbone_state_dict(state) or state
+        not_of = f"checkpoint_path={path!r} is not of {self.model_name}"
+        try:
+            loaded, wanting = self.load_source(state)
+        except ValueError as error:
+            raise ValueError(f"{not_of}: {error}") from error
+        if wanting:
+            raise ValueError(
+                f"{not_of}: {loaded} of {loaded + len(wanting)} tensors fit, and {wanting[0]} is "
+                "missing or of another shape"
+            )
+        logger.info("loaded %d tensors of %s from %s", loaded, self.model_name, path)
+
+    def parameter_depths(self) -> dict[str, int] | None:
+        """How many layers of the source model follow each parameter; None if it does not say.
+
+        See :func:`detbackbones.training.depths.parameter_depths`.
+        """
+        depths = self.source.depths
+        return depths and {f"model.{k}": depths[k] for k, _ in self.model.named_parameters()}
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of the parameters that the source model exempts from weight decay."""
+        names = [name for name, _ in self.model.named_parameters()]
+        return {f"model.{name}" for name in names if name in self.source.no_weight_decay}
+
+
+def _fold(extractor: nn.Module, fit: Fit, in_channels: int) -> None:
+    """Fold what can be folded, tried on half of a probe image where the model takes that."""
+    sizes, step = fit.sizes, math.lcm(*(level.stride for level in fit.trace.levels))
+    size, multiple = [n // 2 for n in sizes.probe], math.lcm(step, sizes.divisor)
+    if sizes.img_size or any(n % multiple for n in size):
+        size = sizes.probe
+    fold_norms(extractor, fit.trace.followed_by, (1, in_channels, *size))

@@ -1,0 +1,182 @@
+"""TimmBackbone: any timm model as a detectron2 backbone."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from detectron2.config import CfgNode, configurable
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import BACKBONE_REGISTRY, Backbone
+
+from ..config import plain_dict
+from ..messages import whole_number
+from .detrex import norm_from_detrex
+from .feature_backbone import FeatureBackbone
+from .pyramid import build_yacs_pyramid
+from .source import Levels
+from .timm_source import TimmSource
+
+
+@BACKBONE_REGISTRY.register()
+class TimmBackbone(FeatureBackbone):
+    """A timm model as a backbone: feature maps by stride (``res2`` ...) or index (``p1`` ...).
+
+    Attributes:
+        indices: timm's index of each level; empty with ``layers``.
+    """
+
+    source_class = TimmSource
+
+    @configurable
+    def __init__(
+        self,
+        model_name: str,
+        *,
+        pretrained: bool = False,
+        checkpoint_path: str = "",
+        in_channels: int = 3,
+        out_features: Sequence[str] | None = None,
+        out_indices: Sequence[int] | None = None,
+        layers: Sequence[str] | Mapping[str, str] | None = None,
+        norm: str = "",
+        freeze_at: int = 0,
+        fold: bool = True,
+        channels_last: bool | None = None,
+        compile: bool = False,
+        grad_checkpointing: bool = False,
+        output_stride: int | None = None,
+        img_size: int | None = None,
+        patch_size: int | None = None,
+        drop_path_rate: float | None = None,
+        model_kwargs: dict[str, Any] | None = None,
+        features_only: bool = True,
+        norm_layer: type | str | None = None,
+    ):
+        """
+        Args:
+            model_name: as in ``timm.create_model``, with or without a tag; ``hf-hub:...`` and
+                ``local-dir:...`` work as there.
+            pretrained: download timm's pretrained weights.
+            checkpoint_path: a ``.pth``, ``.pt`` or ``.safetensors`` file of the classification
+                model, or of a detector trained with this backbone.
+            in_channels: channels of the input; weights of another number are adapted as timm does.
+            out_features: levels to output, by stride: ``["res3", "res4", "res5"]``. By default
+                those of strides 4 to 32. Later stages are not built.
+            out_indices: levels to output by timm's index instead, named ``p{index}``.
+            layers: names of modules whose outputs to take instead, ``["layer2", "layer3"]``, or a
+                mapping from these to level names.
+            norm: batch norm ``""`` as in the model, ``"FrozenBN"``, ``"SyncBN"`` or ``"BN"``.
+            freeze_at: 0 nothing, 1 the stem, 2 up to and including ``res2``, ... 5 all.
+            fold: make frozen batch norm a part of the convolution before it; see ``fold_norms``.
+            channels_last: the memory format of the maps; None is for where it was measured to help,
+                on a CPU in models with batch norm.
+            compile: run the model through ``torch.compile``.
+            grad_checkpointing: compute maps again in the backward pass instead of keeping them:
+                less memory, more time.
+            output_stride: 8, 16 or 32; dilate the late stages to keep it, in models that can.
+            img_size: build the model for images of this size, in models that are built for one.
+                Most take others too; those that do not take images up to this size.
+            patch_size: resample the patch embedding to this stride, in ViTs: 16 lets a feature
+                pyramid stand on a patch-14 ViT. The grid of the position embeddings stays.
+            drop_path_rate: stochastic depth, in models that have it.
+            model_kwargs: further arguments for ``timm.create_model``.
+            features_only: only True; there for configs written for detrex.
+            norm_layer: a FrozenBatchNorm2d class means ``norm="FrozenBN"``; for detrex's configs.
+
+        Raises:
+            ValueError: if an argument is out of range or the model cannot give what is asked.
+            FileNotFoundError: if ``checkpoint_path`` does not exist.
+            ConnectionError: if pretrained weights cannot be downloaded.
+        """
+        norm = norm_from_detrex(features_only, norm_layer, norm)
+        whole_number("in_channels", in_channels)
+        asked = {"out_features": out_features, "out_indices": out_indices, "layers": layers}
+        asked = [f"{key}={value}" for key, value in asked.items() if value is not None]
+        if len(asked) > 1:
+            raise ValueError(f"{' and '.join(asked)} were given together: use one")
+        if output_stride not in (None, 8, 16, 32):
+            raise ValueError(f"output_stride={output_stride!r} is unknown: valid are 8, 16, 32")
+        kwargs = plain_dict(model_kwargs)
+        if drop_path_rate is not None:
+            kwargs["drop_path_rate"] = drop_path_rate
+        for key, value in (("img_size", img_size), ("patch_size", patch_size)):
+            if value is not None:
+                whole_number(key, value)
+                kwargs[key] = value
+        source = TimmSource(model_name, in_channels, output_stride=output_stride, **kwargs)
+        if layers is not None:
+            levels = source.levels_by_module(layers)
+        elif out_indices is not None:
+            indices = _checked_indices(out_indices, source.level_keys, model_name)
+            levels = Levels({index: f"p{index}" for index in indices})
+        else:
+            levels = source.levels_by_stride(out_features)
+        super().__init__(
+            source,
+            levels,
+            pretrained=pretrained,
+            checkpoint_path=checkpoint_path,
+            norm=norm,
+            freeze_at=freeze_at,
+            fold=fold,
+            channels_last=channels_last,
+            compile=compile,
+            grad_checkpointing=grad_checkpointing,
+        )
+        self.indices = {} if levels.by_module else {v: k for k, v in levels.names.items()}
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec) -> dict[str, Any]:
+        """Arguments from the yacs keys under MODEL.TIMM, see ``add_backbone_config``."""
+        timm_cfg = cfg.MODEL.TIMM
+        return {
+            "model_name": timm_cfg.MODEL_NAME,
+            "pretrained": timm_cfg.PRETRAINED,
+            "checkpoint_path": timm_cfg.CHECKPOINT_PATH,
+            "in_channels": input_shape.channels,
+            "out_features": timm_cfg.OUT_FEATURES or None,
+            "norm": timm_cfg.NORM,
+            "freeze_at": cfg.MODEL.BACKBONE.FREEZE_AT,
+            "output_stride": timm_cfg.OUTPUT_STRIDE or None,
+            "img_size": timm_cfg.IMG_SIZE or None,
+            "patch_size": timm_cfg.PATCH_SIZE or None,
+            "drop_path_rate": timm_cfg.DROP_PATH_RATE or None,
+            "grad_checkpointing": timm_cfg.GRAD_CHECKPOINTING,
+        }
+
+
+def _checked_indices(
+    out_indices: Sequence[int], valid: Sequence[int], model_name: str
+) -> list[int]:
+    """``out_indices``, counted from 0 and in ascending order."""
+    if isinstance(out_indices, int) or not all(isinstance(i, int) for i in out_indices):
+        raise ValueError(f"out_indices={out_indices!r} must be a list of whole numbers")
+    count = valid[-1] + 1
+    indices = sorted(i + count if i < 0 else i for i in out_indices)
+    if not indices or len(set(indices)) < len(indices) or not set(indices) <= set(valid):
+        raise ValueError(
+            f"out_indices={list(out_indices)} must be different levels of {model_name}, "
+            f"{valid[0]} to {valid[-1]}"
+        )
+    return indices
+
+
+def pixel_mean(model_name: str) -> list[float]:
+    """Mean of the images that a timm model was trained on, RGB, in the range 0 to 255."""
+    return TimmSource(model_name).pixel_mean
+
+
+def pixel_std(model_name: str) -> list[float]:
+    """Standard deviation that goes with :func:`pixel_mean`."""
+    return TimmSource(model_name).pixel_std
+
+
+@BACKBONE_REGISTRY.register()
+def build_timm_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
+    """TimmBackbone with a pyramid p2 to p6, from yacs keys."""
+    return build_yacs_pyramid(cfg, TimmBackbone(cfg, input_shape))
+
+
+@BACKBONE_REGISTRY.register()
+def build_retinanet_timm_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
+    """TimmBackbone with a pyramid p3 to p7, from yacs keys."""
+    return build_yacs_pyramid(cfg, TimmBackbone(cfg, input_shape), retinanet=True)

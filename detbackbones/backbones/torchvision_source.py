@@ -1,0 +1,151 @@
+"""TorchvisionSource: torchvision's classification models as sources of backbones."""
+
+import warnings
+from collections.abc import Sequence
+from contextlib import nullcontext
+from functools import cached_property
+from typing import Any
+
+import torch
+import torchvision
+from torch import nn
+from torchvision.models import VisionTransformer, WeightsEnum
+
+from ..downloads import downloading
+from ..measure.meta import NumbersOnCPU
+from ..measure.sizes import ANY_SIZE, SizeRule
+from ..messages import first_line, nearest, one_of
+from .source import Source
+from .torchvision_graph import extractor_of, find_level_nodes, switch_off_dropout
+from .torchvision_vit import VisionTransformerFeatures
+
+TOKENS = "encoder"  # what the one level of a ViT is called by
+
+
+class TorchvisionSource(Source):
+    """A classification model of torchvision; its levels are called by the nodes of its graph."""
+
+    def __init__(self, model_name: str, *, weights: Any = None, **kwargs: Any):
+        """
+        Args:
+            model_name: a name of ``torchvision.models.list_models()``.
+            weights: a name or value of the model's weights enum: those that ``create`` loads.
+            kwargs: further arguments for ``torchvision.models.get_model``; ``img_size`` is what a
+                ViT or MaxViT is built for, and ``drop_path_rate`` stochastic depth.
+
+        Raises:
+            ValueError: if there is no such model, or it has no such weights.
+        """
+        super().__init__(model_name)
+        names = self.names()
+        if model_name not in names:
+            raise ValueError(
+                f"model_name={model_name!r} is no torchvision classifier: "
+                + nearest(model_name, names)
+            )
+        self.kwargs = kwargs
+        if "img_size" in kwargs:
+            self.kwargs |= self._for_size(kwargs.pop("img_size"))
+        if "drop_path_rate" in kwargs:
+            self.kwargs["stochastic_depth_prob"] = kwargs.pop("drop_path_rate")
+        self._weights: WeightsEnum | None = None
+        if weights is not None:
+            enum = torchvision.models.get_model_weights(model_name)
+            name = str(weights).removeprefix(f"{enum.__name__}.")
+            one_of("weights", name, [*(member.name for member in enum), "DEFAULT"])
+            self._weights = enum[name]
+            if model_name.startswith("vit_"):  # as torchvision does when it has loaded them
+                self.kwargs.setdefault("image_size", self._weights.meta["min_size"][0])
+
+    def _for_size(self, img_size: int) -> dict[str, Any]:
+        """The argument by which a torchvision model is built for an image size."""
+        if self.model_name.startswith("vit_"):
+            return {"image_size": img_size}
+        if self.model_name.startswith("maxvit_"):
+            return {"input_size": (img_size, img_size)}
+        raise ValueError(
+            f"img_size={img_size} has no meaning for {self.model_name}: it takes any size"
+        )
+
+    @classmethod
+    def names(cls) -> list[str]:
+        """torchvision's classifiers."""
+        return torchvision.models.list_models(module=torchvision.models)
+
+    @classmethod
+    def version(cls) -> str:
+        """Of torchvision."""
+        return torchvision.__version__.partition("+")[0]
+
+    @classmethod
+    def weights(cls) -> dict[str, list[str]]:
+        """The members of each model's weights enum."""
+        enums = {name: torchvision.models.get_model_weights(name) for name in cls.names()}
+        return {name: [member.name for member in enum] for name, enum in enums.items()}
+
+    @classmethod
+    def family(cls, model_name: str) -> str:
+        """The module of torchvision in which a model is defined."""
+        return torchvision.models.get_model_builder(model_name).__module__.rpartition(".")[2]
+
+    @property
+    def native_size(self) -> int:
+        """What the model was built for, else the size that its weights were evaluated on."""
+        if "input_size" in self.kwargs:
+            return self.kwargs["input_size"][0]
+        weights = torchvision.models.get_model_weights(self.model_name).DEFAULT
+        return getattr(self.model, "image_size", None) or weights.transforms().crop_size[0]
+
+    @cached_property
+    def level_keys(self) -> list[str]:
+        """The nodes that give the levels."""
+        if isinstance(self.model, VisionTransformer):
+            return [TOKENS]
+        native = SizeRule(self.native_size, self.native_size)
+        try:
+            rules = (ANY_SIZE, native, SizeRule(resample=True))
+            return list(find_level_nodes(self.model, rules).values())
+        except ValueError as error:
+            raise self._refused(error) from error
+
+    def create(self, pretrained: bool = False) -> nn.Module:
+        """The classification model, with ``weights`` if it is to be pretrained."""
+        on_meta = torch.get_default_device().type == "meta"
+        numbers = NumbersOnCPU() if on_meta else nullcontext()
+        with downloading(self.model_name), numbers, warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*initialization of .* will be changed")
+            try:
+                return torchvision.models.get_model(
+                    self.model_name, weights=self._weights if pretrained else None, **self.kwargs
+                )
+            except (AssertionError, TypeError, ValueError) as error:
+                raise ValueError(
+                    f"model_name={self.model_name!r} cannot be built: {first_line(error)}"
+                ) from error
+
+    def extractor(self, model: nn.Module, keys: Sequence[str]) -> nn.Module:
+        """torchvision's own extractor, or for a ViT's tokens one that takes images of any size."""
+        if list(keys) == [TOKENS] and isinstance(model, VisionTransformer):
+            return VisionTransformerFeatures(model)
+        return extractor_of(model, keys)
+
+    def switch_off_dropout(self, extractor: nn.Module, frozen: frozenset[str]) -> None:
+        """Switch off dropout that is a function, whose mode is written in the graph."""
+        switch_off_dropout(extractor, frozen)
+
+    @property
+    def pixel_mean(self) -> list[float] | None:
+        """That of the weights; without weights, the one that all the model's weights have."""
+        return self._pixels and self._pixels[:3]
+
+    @property
+    def pixel_std(self) -> list[float] | None:
+        """Standard deviation that goes with :attr:`pixel_mean`."""
+        return self._pixels and self._pixels[3:]
+
+    @cached_property
+    def _pixels(self) -> list[float] | None:
+        every = torchvision.models.get_model_weights(self.model_name)
+        kinds = [self._weights] if self._weights else every
+        found = {(*each.transforms().mean, *each.transforms().std) for each in kinds}
+        return [255 * value for value in found.pop()] if len(found) == 1 else None

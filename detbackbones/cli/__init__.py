@@ -1,0 +1,1 @@
+"""The program `detbackbones`: a file for each command, and `main.py`, which calls them."""

@@ -1,0 +1,49 @@
+"""The program `detbackbones`, which imports the file of a command when that is called.
+
+Nothing here needs detectron2 or torch, which may not be installed yet.
+"""
+
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+from .. import _MISSING
+from ..messages import nearest
+from .program import fail
+
+COMMANDS = {
+    "train": "train a detector from a config",
+    "eval": "evaluate a trained detector",
+    "list": "list backbones with their size, levels and weights",
+    "layers": "find the modules of a model that can be levels",
+    "probe": "compare frozen backbones by a head for semantic segmentation",
+    "backbone": "save a detector's backbone for timm or torchvision",
+    "conformance": "check that models work as backbones",
+    "install-detectron2": "install detectron2, which is not on the package index",
+}
+HELP = (
+    "usage: detbackbones COMMAND ...\n\n"
+    "Any timm or torchvision model as a detectron2 backbone.\n\n"
+    + "".join(f"  {name:20}{line}\n" for name, line in COMMANDS.items())
+    + "\n`detbackbones COMMAND --help` says more of a command, with an example."
+)
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    """Run a command.
+
+    Args:
+        words: the command and its arguments; by default those that the program was called with.
+    """
+    words = list(sys.argv[1:] if words is None else words)
+    if not words or words[0] in ("-h", "--help"):
+        print(HELP, file=sys.stdout if words else sys.stderr)
+        sys.exit(0 if words else 2)
+    command = words[0]
+    if command not in COMMANDS:
+        near = nearest(command, COMMANDS, most=0)
+        fail("", f"command={command!r} is unknown: {near}; detbackbones --help lists all")
+    if _MISSING and command != "install-detectron2":
+        fail(command, _MISSING)
+    module = import_module(f".{command.replace('-', '_')}", __package__)
+    module.main(words[1:])

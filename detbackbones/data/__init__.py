@@ -1,0 +1,19 @@
+"""What lies on a user's disk as detectron2 datasets, and the loader of training batches."""
+
+from .coco import register_coco
+from .loader import TrainLoader, build_train_loader
+from .mapper import CheckedDatasetMapper
+from .registry import num_classes
+from .semantic import panoptic_evaluator, read_label_map, register_semantic, sem_seg_evaluator
+
+__all__ = [
+    "CheckedDatasetMapper",
+    "TrainLoader",
+    "build_train_loader",
+    "num_classes",
+    "panoptic_evaluator",
+    "read_label_map",
+    "register_coco",
+    "register_semantic",
+    "sem_seg_evaluator",
+]

@@ -1,0 +1,38 @@
+"""Checks of a user's files, and what their messages say."""
+
+import os
+from collections.abc import Callable, Collection
+from pathlib import Path
+
+from ..messages import nearest
+
+
+def existing(parameter: str, path: str, exists: Callable[[str], bool], what: str) -> Path:
+    """The absolute path of something that is there, symbolic links resolved.
+
+    Args:
+        parameter: name of the argument that has the path.
+        path: its value.
+        exists: ``os.path.isfile`` or ``os.path.isdir``.
+        what: what the path is to be, such as "the folder of the images".
+
+    Raises:
+        ValueError: if the path is empty.
+        FileNotFoundError: if it is not there, with the nearest names in its folder.
+    """
+    if not path:
+        raise ValueError(f"{parameter}={path!r} must be {what}")
+    if not exists(path):
+        folder, name = os.path.split(os.path.abspath(path))
+        names = os.listdir(folder) if os.path.isdir(folder) else []
+        near = nearest(name, [n for n in names if exists(os.path.join(folder, n))], most=0)
+        raise FileNotFoundError(
+            f"{parameter}={path!r} must be {what}, but does not exist: in '{folder}' {near}"
+        )
+    return Path(path).resolve()
+
+
+def few(items: Collection) -> str:
+    """The first ten of some values, for a message."""
+    shown = [repr(item) for item in items][:10]
+    return ", ".join(shown) + (", ..." if len(items) > len(shown) else "")

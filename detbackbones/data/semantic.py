@@ -1,0 +1,187 @@
+"""A user's own label maps as a detectron2 dataset, and the evaluators that read label maps."""
+
+import glob
+import importlib.util
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from detectron2.evaluation import COCOPanopticEvaluator, SemSegEvaluator
+from PIL import Image
+
+from ..messages import first_line
+from .files import existing, few
+from .registry import dataset_name, is_registered, register
+
+IGNORE_LABEL = 255  # of the pixels of a label map that are in no class, as in detectron2
+
+_IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
+
+
+def register_semantic(
+    image_root: str, label_root: str, num_classes: int, class_names: Sequence[str] | None = None
+) -> str:
+    """Check a dataset for semantic segmentation and register it with detectron2.
+
+    The label map of ``image_root/a.jpg`` is ``label_root/a.png``: 8-bit grayscale, each pixel the
+    index of its class or 255 where there is none. All label maps are read once, to check their
+    values.
+
+    Args:
+        image_root: folder of jpg and png images, or a pattern such as ``images/train_*.jpg``.
+        label_root: folder of the label maps, which may hold more than those of the images.
+        num_classes: number of classes, 1 to 255.
+        class_names: a name for each class; ``class_0``, ``class_1``, ... if not given.
+
+    Returns:
+        the dataset's name, for ``get_detection_dataset_dicts`` and ``SemSegEvaluator``.
+
+    Raises:
+        FileNotFoundError: if a folder, all images or a label map is missing.
+        ValueError: if an argument is not valid, or a label map has a wrong format, size or value.
+    """
+    if not 1 <= num_classes <= IGNORE_LABEL:
+        raise ValueError(f"num_classes={num_classes} must be from 1 to {IGNORE_LABEL}")
+    names = [f"class_{i}" for i in range(num_classes)] if class_names is None else list(class_names)
+    if len(names) != num_classes:
+        raise ValueError(
+            f"class_names={names} must have num_classes={num_classes} names, not {len(names)}"
+        )
+    label_path = existing("label_root", label_root, os.path.isdir, "the folder of the label maps")
+    pairs = [(i, label_path / f"{i.stem}.png") for i in _list_images(image_root)]
+    missing = [label.name for _, label in pairs if not label.is_file()]
+    if missing:
+        raise FileNotFoundError(
+            f"label_root={label_root!r} must have a label map {missing[0]!r} "
+            f"({len(missing)} of {len(pairs)} images have none)"
+        )
+
+    name = dataset_name(Path(os.path.abspath(image_root)), label_path)
+    times = [(str(file), file.stat().st_mtime_ns) for pair in pairs for file in pair]
+    version = (names, times)
+    if is_registered(name, version):
+        return name
+
+    # Decoding releases the GIL, and is all the time there is.
+    with ThreadPoolExecutor() as pool:
+        dicts = list(pool.map(lambda pair: _semantic_dict(*pair, num_classes), pairs))
+    register(
+        name,
+        version,
+        lambda: [dict(d) for d in dicts],
+        image_root=os.path.abspath(image_root),
+        sem_seg_root=str(label_path),
+        evaluator_type="sem_seg",
+        stuff_classes=names,
+        ignore_label=IGNORE_LABEL,
+    )
+    return name
+
+
+def read_label_map(file_name: str, dtype: type | None = None) -> np.ndarray:
+    """Read a label map for ``SemSegEvaluator(sem_seg_loading_fn=...)``.
+
+    detectron2's own default asks NumPy for no copy, which NumPy 2 refuses when it has to convert.
+
+    Args:
+        file_name: path of the label map.
+        dtype: type of the array's elements; that of the file if not given.
+
+    Returns:
+        the class of each pixel, of shape (H, W).
+    """
+    with Image.open(file_name) as image:
+        return np.array(image, dtype=dtype)
+
+
+def sem_seg_evaluator(dataset_name: str) -> SemSegEvaluator:
+    """detectron2's SemSegEvaluator, reading label maps in a way that NumPy 2 accepts.
+
+    Args:
+        dataset_name: a dataset that ``register_semantic`` or detectron2 registered.
+
+    Returns:
+        an evaluator for ``dataloader.evaluator``.
+    """
+    return SemSegEvaluator(dataset_name, sem_seg_loading_fn=read_label_map)
+
+
+def panoptic_evaluator(dataset_name: str) -> COCOPanopticEvaluator:
+    """detectron2's COCOPanopticEvaluator, which would miss its package only after the training.
+
+    Args:
+        dataset_name: a dataset of panoptic segmentation that detectron2 registered.
+
+    Returns:
+        an evaluator for ``dataloader.evaluator``.
+
+    Raises:
+        ModuleNotFoundError: if panopticapi is not installed.
+    """
+    if importlib.util.find_spec("panopticapi") is None:
+        raise ModuleNotFoundError(
+            "the evaluation of panoptic segmentation needs panopticapi, which is not installed: "
+            "pip install git+https://github.com/cocodataset/panopticapi, or remove this evaluator "
+            "from dataloader.evaluator"
+        )
+    return COCOPanopticEvaluator(dataset_name)
+
+
+def _list_images(image_root: str) -> list[Path]:
+    """The images of a folder or a pattern, sorted by name."""
+    if glob.has_magic(image_root) and not os.path.isdir(image_root):
+        files = glob.glob(os.path.abspath(image_root))
+    else:
+        what = "the folder of the images or a pattern of them"
+        files = existing("image_root", image_root, os.path.isdir, what).iterdir()
+    images = sorted(Path(f) for f in files if Path(f).suffix.lower() in _IMAGE_SUFFIXES)
+    if not images:
+        raise FileNotFoundError(
+            f"image_root={image_root!r} must have images with a suffix of "
+            + ", ".join(_IMAGE_SUFFIXES)
+        )
+    return images
+
+
+def _semantic_dict(image_file: Path, label_file: Path, num_classes: int) -> dict:
+    """The dataset dict of an image, whose label map is checked."""
+    if image_file.resolve() == label_file.resolve():
+        raise ValueError(
+            f"label_root='{label_file.parent}' must be another folder than image_root: image "
+            f"'{image_file}' would be its own label map"
+        )
+    try:
+        with Image.open(image_file) as image:
+            width, height = image.size
+            if image.getexif().get(0x0112, 1) >= 5:  # the EXIF orientation turns it by 90 degrees
+                width, height = height, width
+    except OSError as error:
+        raise ValueError(f"image '{image_file}' cannot be read: {first_line(error)}") from error
+    try:
+        with Image.open(label_file) as label:
+            mode, size, counts = label.mode, label.size, label.histogram()
+    except (OSError, SyntaxError) as error:
+        raise ValueError(f"label map '{label_file}' cannot be read: {first_line(error)}") from error
+    # detectron2 reads label maps as "L": a palette or 1-bit image would turn into other numbers.
+    if mode != "L":
+        raise ValueError(f"label map '{label_file}': mode={mode!r} must be 'L', 8-bit grayscale")
+    if size != (width, height):
+        raise ValueError(
+            f"label map '{label_file}': size={size[0]}x{size[1]} must be {width}x{height}, that "
+            "of its image"
+        )
+    wrong = [value for value in range(num_classes, IGNORE_LABEL) if counts[value]]
+    if wrong:
+        raise ValueError(
+            f"label map '{label_file}': values={few(wrong)} must be from 0 to {num_classes - 1} "
+            f"(num_classes={num_classes}), or {IGNORE_LABEL} for no class"
+        )
+    return {
+        "file_name": str(image_file),
+        "sem_seg_file_name": str(label_file),
+        "image_id": image_file.stem,
+        "height": height,
+        "width": width,
+    }

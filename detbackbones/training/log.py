@@ -1,0 +1,52 @@
+"""What a run says, on the screen and in a file."""
+
+import contextlib
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+
+from detectron2.data.detection_utils import SizeMismatchError
+from detectron2.utils import comm
+from detectron2.utils.logger import setup_logger
+
+LOGGERS = ("detbackbones", "detectron2", "fvcore")
+FORMAT = "[%(asctime)s] %(name)s %(levelname)s: %(message)s"
+DATA_ERRORS = (OSError, SizeMismatchError)  # wrong images, which are read while training
+
+
+@contextlib.contextmanager
+def logging_to(folder: str) -> Iterator[None]:
+    """Log to the screen and to ``log.txt`` in a folder, and after that as before.
+
+    Left out are two warnings of torch's at what detectron2 does in every run, and the traceback of
+    wrong images, which detectron2 would log before the error is raised.
+    """
+    rank = comm.get_rank()
+    file = logging.FileHandler(os.path.join(folder, f"log.txt.rank{rank}" if rank else "log.txt"))
+    file.setFormatter(logging.Formatter(FORMAT, "%m/%d %H:%M:%S"))
+    loop = logging.getLogger("detectron2.engine.train_loop")
+    tracing = logging.getLogger("torch.fx._symbolic_trace")
+    changed = [*map(logging.getLogger, LOGGERS), tracing]
+    before = [(one, one.handlers[:], one.propagate, one.level) for one in changed]
+    for name in LOGGERS:
+        logging.getLogger(name).handlers.clear()
+        # not by its cache, which takes a second call for the first one's
+        setup_logger.__wrapped__(distributed_rank=rank, name=name, abbrev_name=name)
+        logging.getLogger(name).addHandler(file)
+    loop.addFilter(_is_no_data_error)
+    tracing.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.meshgrid: in an upcoming release")
+            yield
+    finally:
+        loop.removeFilter(_is_no_data_error)
+        for one, handlers, propagate, level in before:
+            one.handlers[:], one.propagate = handlers, propagate
+            one.setLevel(level)
+        file.close()
+
+
+def _is_no_data_error(record: logging.LogRecord) -> bool:
+    return not (record.exc_info and isinstance(record.exc_info[1], DATA_ERRORS))

@@ -1,0 +1,328 @@
+"""Training and evaluating a detector from a LazyConfig, as the programs and a notebook do it."""
+
+import copy
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from detectron2.config import LazyConfig, instantiate
+from detectron2.data import MetadataCatalog
+from detectron2.engine import hooks
+from detectron2.engine.defaults import create_ddp_model
+from detectron2.evaluation import inference_on_dataset
+from detectron2.utils import comm
+from detectron2.utils.events import JSONWriter, TensorboardXWriter
+from omegaconf import DictConfig, OmegaConf
+from tabulate import tabulate
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ..config import get_config, without_weights
+from ..messages import one_of
+from ..weights import read_state_dict
+from .checkpoint import Checkpointer, load_init_checkpoint
+from .curves import draw_curves
+from .log import logging_to
+from .overrides import apply_overrides
+from .pictures import draw_predictions
+from .progress import ProgressPrinter
+from .trainer import AMP_DTYPES, Trainer, seed_step
+
+logger = logging.getLogger(__name__)
+
+Results = dict[str, dict[str, float]]
+
+
+def train(cfg: DictConfig, *, resume: bool = False, overwrite: bool = False) -> Results:
+    """Train a detector to ``train.max_iter``, evaluate it and draw what it predicts.
+
+    Example, in a notebook::
+
+        cfg = get_config("finetune/faster_rcnn.py")
+        cfg.dataset.update(train_json="train.json", train_images="images")
+        cfg.dataset.update(val_json="val.json", val_images="images")
+        results = train(cfg)  # {"bbox": {"AP": ...}}
+
+    Args:
+        cfg: a config such as :func:`get_config` gives; it is not changed.
+        resume: continue from the last checkpoint in ``train.output_dir``, if there is one.
+        overwrite: replace the run that ``train.output_dir`` holds.
+
+    Returns:
+        the metrics by task and name; in a process that is not the main one, none.
+
+    Raises:
+        ValueError, OSError, ImportError: if a setting, a file or the data is wrong.
+    """
+    cfg = check_config(cfg)
+    prepare_output(cfg, resume=resume, overwrite=overwrite)
+    with logging_to(cfg.train.output_dir):
+        return fit(prepare(cfg, resume=resume))
+
+
+def evaluate(cfg: DictConfig) -> Results:
+    """Evaluate ``train.init_checkpoint``, or else the last checkpoint in ``train.output_dir``.
+
+    Args, Returns, Raises: as of :func:`train`.
+    """
+    cfg = check_config(cfg)
+    folder, init = cfg.train.output_dir, cfg.train.init_checkpoint
+    os.makedirs(folder, exist_ok=True)
+    with logging_to(folder):
+        model = build_model(cfg, loads_all=True)
+        checkpointer = Checkpointer(model, folder, save_to_disk=False)
+        if init and not cfg.train.allow_pickle:
+            check_fit(model, init)
+        if not load_weights(cfg, checkpointer, last=not init) and not init:
+            raise FileNotFoundError(
+                f"there is nothing to evaluate: train.output_dir={folder} holds no checkpoint, and "
+                "train.init_checkpoint is empty"
+            )
+        results = evaluate_model(cfg, model)
+        if comm.is_main_process():
+            report(cfg, results, draw_results(cfg, model))
+        return results
+
+
+def check_config(
+    cfg: DictConfig, overrides: Sequence[str] = (), name: str = "the config"
+) -> DictConfig:
+    """A copy of a config with its overrides, its settings checked and the device chosen.
+
+    Args:
+        cfg: may lack settings that only this package has.
+        overrides: ``key=value`` words, see :func:`apply_overrides`.
+        name: what an error calls it.
+
+    Raises:
+        ValueError: if something is missing or wrong.
+    """
+    for key in ("model", "dataloader", "optimizer", "lr_multiplier"):
+        if key not in cfg:
+            raise ValueError(f"{name} has no {key!r}")
+    cfg = copy.deepcopy(cfg)
+    cfg.train = OmegaConf.merge(get_config("common/train.py").train, cfg.get("train", {}))
+    settings = apply_overrides(cfg, list(overrides)).train
+    if not isinstance(settings.seed, int) or settings.seed < 0:
+        raise ValueError(f"train.seed={settings.seed!r} must be a whole number from 0")
+    one_of("train.amp.dtype", settings.amp.dtype, AMP_DTYPES)
+    gpu = torch.cuda.is_available()
+    one_of("train.device", settings.device, ("auto", "cpu", "cuda") if gpu else ("auto", "cpu"))
+    if settings.device == "auto":
+        settings.device = "cuda" if gpu else "cpu"
+    return cfg
+
+
+def prepare_output(cfg: DictConfig, *, resume: bool = False, overwrite: bool = False) -> None:
+    """Make ``train.output_dir``; refuse one that holds another run unless asked.
+
+    Raises:
+        FileExistsError: if it does, and is neither to be continued nor replaced.
+    """
+    folder = Path(cfg.train.output_dir)
+    if not resume:
+        weights = ("last_checkpoint", "model_final.pth", "model_[0-9]*.pth")
+        run = _existing(folder, "config.yaml", "metrics.json", *weights)
+        if run and not overwrite:
+            raise FileExistsError(
+                f"train.output_dir={folder} holds a run already ({run[0].name}): choose another, "
+                "continue it with resume=True or --resume, or replace it with overwrite=True or "
+                "--overwrite"
+            )
+        if run:
+            pictures = ("predictions.png", "curves.png")
+            run += _existing(folder, "log.txt*", "events.out.tfevents.*", *pictures)
+        for path in run:
+            path.unlink()
+    folder.mkdir(parents=True, exist_ok=True)
+
+
+def _existing(folder: Path, *patterns: str) -> list[Path]:
+    return [path for pattern in patterns for path in folder.glob(pattern)]
+
+
+@dataclass
+class Run:
+    """A training that is ready to start, see :func:`prepare`."""
+
+    cfg: DictConfig
+    trainer: Trainer
+    checkpointer: Checkpointer
+    start_iter: int
+
+    @property
+    def model(self) -> nn.Module:
+        """The detector, without the wrapper of distributed training."""
+        return self.checkpointer.model
+
+
+def prepare(cfg: DictConfig, *, resume: bool = False) -> Run:
+    """Build all that a training needs, load the weights, and write ``config.yaml``.
+
+    Args:
+        cfg: as :func:`check_config` returns it; its output folder exists.
+        resume: as of :func:`train`.
+
+    Raises:
+        ValueError, OSError, ImportError: if something is wrong.
+    """
+    folder, main = cfg.train.output_dir, comm.is_main_process()
+    tagged = os.path.isfile(os.path.join(folder, "last_checkpoint"))
+    trainer = build_trainer(cfg, loads_all=resume and tagged)
+    model = trainer.model
+    model = model.module if isinstance(model, DistributedDataParallel) else model
+    checkpointer = Checkpointer(model, folder, save_to_disk=main, trainer=trainer)
+    resumed = load_weights(cfg, checkpointer, last=resume)
+    if main:
+        LazyConfig.save(cfg, os.path.join(folder, "config.yaml"))
+    return Run(cfg, trainer, checkpointer, trainer.iter + 1 if resumed else 0)
+
+
+def build_trainer(cfg: DictConfig, *, loads_all: bool) -> Trainer:
+    """The model, its optimizer and its data, as the config says."""
+    settings = cfg.train
+    seed_step(settings.seed, 0, 0)
+    loader = instantiate(cfg.dataloader.train)
+    instantiate(cfg.dataloader.test.dataset)  # a fault in these is to be found now
+    instantiate(cfg.dataloader.evaluator)
+    model = build_model(cfg, loads_all=loads_all)
+    optimizer_cfg = copy.deepcopy(cfg.optimizer)
+    optimizer_cfg.params.model = model
+    optimizer = instantiate(optimizer_cfg)
+    device_ids = [comm.get_local_rank()] if settings.device == "cuda" else None
+    return Trainer(
+        create_ddp_model(model, device_ids=device_ids, **settings.ddp),
+        loader,
+        optimizer,
+        device=settings.device,
+        seed=settings.seed,
+        rank=comm.get_rank(),
+        amp_dtype=settings.amp.dtype if settings.amp.enabled else None,
+        clip_grad=dict(settings.clip_grad.params) if settings.clip_grad.enabled else None,
+    )
+
+
+def build_model(cfg: DictConfig, *, loads_all: bool) -> nn.Module:
+    """The model on its device.
+
+    Args:
+        cfg: the config.
+        loads_all: a checkpoint will give all its weights, so that none are fetched for a backbone.
+    """
+    model_cfg = copy.deepcopy(cfg.model)
+    if loads_all and "backbone" in model_cfg:
+        model_cfg.backbone = without_weights(model_cfg.backbone)
+    return instantiate(model_cfg).to(cfg.train.device)
+
+
+def load_weights(cfg: DictConfig, checkpointer: Checkpointer, *, last: bool) -> bool:
+    """Load the last checkpoint of the run (if ``last``), or else ``train.init_checkpoint``.
+
+    Returns:
+        whether it was the last checkpoint.
+    """
+    init = cfg.train.init_checkpoint
+    if last and checkpointer.has_checkpoint():
+        file = checkpointer.get_checkpoint_file()
+        check_fit(checkpointer.model, file)
+        checkpointer.load(file)
+        return True
+    if init:
+        load_init_checkpoint(checkpointer.model, init, allow_pickle=cfg.train.allow_pickle)
+    return False
+
+
+def check_fit(model: nn.Module, file: str) -> None:
+    """Refuse a checkpoint that leaves weights of the model as they were drawn."""
+    own, state = model.state_dict(), read_state_dict(file)
+    wrong = [k for k, v in own.items() if k not in state or state[k].shape != v.shape]
+    wrong = [k for k in wrong if not k.endswith("num_batches_tracked")]
+    if wrong:
+        raise ValueError(
+            f"checkpoint {file!r} is not of this model: {len(wrong)} of the model's {len(own)} "
+            f"tensors are missing in it or of another shape ({wrong[0]}, ...)"
+        )
+
+
+def fit(run: Run) -> Results:
+    """Train to ``train.max_iter``, then evaluate and draw; returns the metrics."""
+    cfg, settings, model, main = run.cfg, run.cfg.train, run.model, comm.is_main_process()
+    results: Results = {}
+    run.trainer.register_hooks(
+        [hooks.IterationTimer(), hooks.LRScheduler(scheduler=instantiate(cfg.lr_multiplier))]
+    )
+    if main:
+        period, keep = settings.checkpointer.period, settings.checkpointer.max_to_keep
+        run.trainer.register_hooks(
+            [hooks.PeriodicCheckpointer(run.checkpointer, period, max_to_keep=keep)]
+        )
+    run.trainer.register_hooks(
+        [
+            hooks.EvalHook(
+                settings.eval_period, lambda: results.update(evaluate_model(cfg, model)) or results
+            )
+        ]
+    )
+    if main:
+        writers = [
+            ProgressPrinter(settings.max_iter, cfg.dataloader.train.total_batch_size),
+            JSONWriter(os.path.join(settings.output_dir, "metrics.json")),
+            TensorboardXWriter(settings.output_dir),
+        ]
+        run.trainer.register_hooks([hooks.PeriodicWriter(writers, period=settings.log_period)])
+    parameters = list(model.parameters())
+    logger.info(
+        "training %s on %s from iteration %d: %.1f M parameters, %.1f M of them trainable",
+        type(model).__name__,
+        settings.device,
+        run.start_iter,
+        sum(p.numel() for p in parameters) / 1e6,
+        sum(p.numel() for p in parameters if p.requires_grad) / 1e6,
+    )
+    run.trainer.train(run.start_iter, settings.max_iter)
+    if main:
+        report(cfg, results, draw_results(cfg, model))
+    return results
+
+
+def evaluate_model(cfg: DictConfig, model: nn.Module) -> Results:
+    """Evaluate a model on the test set, with autocast if training has it."""
+    amp = cfg.train.amp
+    dtype = AMP_DTYPES[amp.dtype] if amp.enabled else None
+    with torch.autocast(cfg.train.device, dtype, enabled=amp.enabled):
+        return inference_on_dataset(
+            model, instantiate(cfg.dataloader.test), instantiate(cfg.dataloader.evaluator)
+        )
+
+
+def draw_results(cfg: DictConfig, model: nn.Module) -> list[Path]:
+    """Draw ground truth beside predictions, and the curves of the run so far."""
+    folder = Path(cfg.train.output_dir)
+    written = []
+    dataset = instantiate(cfg.dataloader.test.dataset)
+    count = min(cfg.train.pictures, len(dataset))
+    images = [dataset[i * len(dataset) // count] for i in range(count)]
+    if images:
+        mapper = instantiate(cfg.dataloader.test.mapper)
+        model.eval()
+        with torch.no_grad():
+            predictions = [model([mapper(image)])[0] for image in images]
+        metadata = MetadataCatalog.get(instantiate(cfg.dataloader.test.dataset.names))
+        written += [draw_predictions(images, predictions, metadata, folder / "predictions.png")]
+    if (folder / "metrics.json").is_file():
+        written += [draw_curves(folder / "metrics.json", folder / "curves.png")]
+    return written
+
+
+def report(cfg: DictConfig, results: Results, written: list[Path]) -> None:
+    """Log the metrics as a table, and the files that there are now."""
+    rows = [(task, *item) for task, metrics in results.items() for item in metrics.items()]
+    table = tabulate(rows, ("task", "metric", "value"), tablefmt="github", floatfmt=".4f")
+    logger.info("metrics\n%s", table)
+    folder = Path(cfg.train.output_dir)
+    names = ("model_final.pth", "metrics.json", "config.yaml", "log.txt")
+    files = [*written, *(folder / name for name in names if (folder / name).exists())]
+    logger.info("wrote %s", ", ".join(map(str, files)))

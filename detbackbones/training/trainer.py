@@ -1,0 +1,147 @@
+"""The training loop: mixed precision on any device, gradient clipping, exactly resumable."""
+
+import logging
+import random
+import time
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import torch
+from detectron2.engine import SimpleTrainer
+from detectron2.modeling.meta_arch.dense_detector import DenseDetector
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ..messages import one_of
+
+AMP_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def seed_step(seed: int, rank: int, iteration: int) -> None:
+    """Seed python, NumPy and torch for one iteration of one process.
+
+    With random numbers a function of the iteration, a resumed run draws those that the interrupted
+    one would have drawn, without any generator's state being saved.
+
+    Args:
+        seed: of the run.
+        rank: of the process.
+        iteration: from 0.
+    """
+    words = np.random.SeedSequence((seed, rank, iteration)).generate_state(3)
+    random.seed(int(words[0]))
+    np.random.seed(words[1])
+    torch.manual_seed(int(words[2]))
+
+
+class Trainer(SimpleTrainer):
+    """detectron2's SimpleTrainer with mixed precision, clipping and a seed for each step.
+
+    Its state dict holds the optimizer, the gradient scaler and what the model keeps outside its own
+    state dict; the order of the data, the random numbers and the learning rate follow from the seed
+    and the iteration.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        data_loader: Iterable,
+        optimizer: torch.optim.Optimizer,
+        *,
+        device: str,
+        seed: int,
+        rank: int = 0,
+        amp_dtype: str | None = None,
+        clip_grad: dict[str, float] | None = None,
+    ):
+        """
+        Args:
+            model: returns a dict of losses for a batch in training mode.
+            data_loader: endless batches; ``start_iter`` is set on it when training resumes.
+            optimizer: over the model's parameters.
+            device: "cuda" or "cpu", what the model lies on.
+            seed: of all random numbers that the model draws.
+            rank: this process.
+            amp_dtype: "float16" (with a gradient scaler) or "bfloat16"; None is full precision.
+            clip_grad: arguments of ``torch.nn.utils.clip_grad_norm_``, such as ``max_norm``.
+
+        Raises:
+            ValueError: for another ``amp_dtype``.
+        """
+        if amp_dtype is not None:
+            one_of("train.amp.dtype", amp_dtype, AMP_DTYPES)
+        super().__init__(model, data_loader, optimizer)
+        self.device = device
+        self.seed, self.rank = seed, rank
+        self.amp_dtype = AMP_DTYPES.get(amp_dtype)
+        self.scaler = torch.amp.GradScaler(device, enabled=amp_dtype == "float16")
+        self.clip_grad = clip_grad
+
+    def before_train(self) -> None:
+        """Let the data start where training does."""
+        if hasattr(self.data_loader, "start_iter"):
+            self.data_loader.start_iter = self.start_iter
+        elif self.start_iter:
+            logging.getLogger(__name__).warning(
+                "the data loader has no start_iter: it begins anew, so this run does not continue "
+                "exactly where the last one ended"
+            )
+        super().before_train()
+
+    def run_step(self) -> None:
+        """One iteration: data, losses, gradients, clipping, update."""
+        start = time.perf_counter()
+        data = next(self._data_loader_iter)
+        data_time = time.perf_counter() - start
+
+        seed_step(self.seed, self.rank, self.iter)
+        with torch.autocast(self.device, self.amp_dtype, enabled=self.amp_dtype is not None):
+            losses = self.model(data)
+            total = sum(losses.values())
+        self.optimizer.zero_grad()
+        self.scaler.scale(total).backward()
+        if self.clip_grad is not None:
+            self.scaler.unscale_(self.optimizer)
+            parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+            nn.utils.clip_grad_norm_(parameters, **self.clip_grad)
+        self._write_metrics(losses, data_time)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Iteration, optimizer, gradient scaler, seed and loss normalizers."""
+        state = super().state_dict()
+        state.pop("hooks", None)  # the learning rate's is a function of the iteration
+        normalizers = {
+            name: module.loss_normalizer
+            for name, module in self._dense_detectors()
+            if hasattr(module, "loss_normalizer")
+        }
+        scaler = self.scaler.state_dict()
+        return {**state, "scaler": scaler, "seed": self.seed, "loss_normalizers": normalizers}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue an interrupted run.
+
+        Args:
+            state_dict: what :meth:`state_dict` gave in that run.
+
+        Raises:
+            ValueError: if this run's seed is another.
+        """
+        if state_dict["seed"] != self.seed:
+            raise ValueError(
+                f"train.seed={self.seed} must be {state_dict['seed']}, that of the interrupted run"
+            )
+        super().load_state_dict(state_dict)
+        if state_dict["scaler"]:  # empty where the interrupted run needed none
+            self.scaler.load_state_dict(state_dict["scaler"])
+        for name, module in self._dense_detectors():
+            if name in state_dict["loss_normalizers"]:
+                module.loss_normalizer = state_dict["loss_normalizers"][name]
+
+    def _dense_detectors(self) -> list[tuple[str, DenseDetector]]:
+        """RetinaNet and FCOS, which divide losses by a running mean that is no buffer of theirs."""
+        model = self.model.module if isinstance(self.model, DistributedDataParallel) else self.model
+        return [(n, m) for n, m in model.named_modules() if isinstance(m, DenseDetector)]

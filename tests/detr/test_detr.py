@@ -1,0 +1,474 @@
+"""TransformersDetector: equal to transformers, right boxes, early errors, loading and saving."""
+
+import math
+import sys
+
+import pytest
+import torch
+import transformers
+from detbackbones import (
+    FeatureBackbone,
+    TimmBackbone,
+    TorchvisionBackbone,
+    TransformersDetector,
+    add_backbone_config,
+    build_pyramid,
+)
+from detbackbones.detr.architectures import ARCHITECTURES, encoder_name
+from detbackbones.detr.detector import images_and_mask
+from detbackbones.detr.pretrained import timm_keys, timm_name
+from detectron2.config import get_cfg
+from detectron2.modeling import build_model
+from detectron2.structures import Boxes, Instances
+from support import TOOLS, assert_close, images, randomise
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModelForObjectDetection,
+    ResNetConfig,
+    TimmBackboneConfig,
+)
+
+SMALL = {"decoder_layers": 2, "encoder_layers": 1}
+NOWHERE = "detbackbones/there-is-no-such-detector"
+
+
+def detector(architecture="rt_detr_v2", backbone="resnet18", seed=0, **kwargs):
+    torch.manual_seed(seed)
+    if isinstance(backbone, str):
+        backbone = TimmBackbone(backbone)
+    kwargs = {"num_classes": 3, "num_queries": 20, "config_kwargs": SMALL} | kwargs
+    return TransformersDetector(architecture=architecture, backbone=backbone, **kwargs)
+
+
+def batch(*sizes, boxes=2, seed=0):
+    """Images of (height, width) with boxes, as a detectron2 mapper gives them."""
+    generator = torch.Generator().manual_seed(seed)
+    inputs = []
+    for height, width in sizes:
+        corners = torch.rand(boxes, 2, 2, generator=generator).sort(1).values.flatten(1)
+        instances = Instances((height, width))
+        instances.gt_boxes = Boxes(corners * torch.tensor([width, height, width, height]))
+        instances.gt_classes = torch.arange(boxes) % 3
+        image = torch.randint(0, 256, (3, height, width), generator=generator).byte()
+        inputs.append({"image": image, "instances": instances, "height": height, "width": width})
+    return inputs
+
+
+def reference(folder, architecture, model_name, indices, **kwargs):
+    """A detector of transformers itself on a timm model, saved to a folder."""
+    torch.manual_seed(0)
+    backbone = TimmBackboneConfig(backbone=model_name, out_indices=indices)
+    config = AutoConfig.for_model(
+        architecture, backbone_config=backbone, num_labels=3, num_queries=20, **SMALL, **kwargs
+    )
+    model = randomise(AutoModelForObjectDetection.from_config(config)).eval()
+    for name, module in model.named_modules():  # which randomise does not know
+        if name.endswith(("bn1", "bn2", "bn3")) and "running_var" in dict(module.named_buffers()):
+            module.running_var.fill_(0.9)
+    model.save_pretrained(folder)
+    return model
+
+
+def channels(model_name):
+    shapes = TimmBackbone(model_name, out_features=["res3", "res4", "res5"]).output_shape()
+    return {"encoder_in_channels": [shape.channels for shape in shapes.values()]}
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_it_equals_the_model_of_transformers(tmp_path, architecture):
+    """The same weights, frozen batch norm, the same padded batch: resnet50 where it counts."""
+    name = "resnet50" if architecture == "rt_detr_v2" else "resnet18"
+    indices = [4] if architecture == "dab-detr" else [2, 3, 4]
+    hybrid = ARCHITECTURES[architecture].pyramid
+    theirs = reference(tmp_path, architecture, name, indices, **(channels(name) if hybrid else {}))
+    ours = detector(
+        backbone=TimmBackbone(name, norm="FrozenBN"),
+        architecture=None,
+        num_queries=None,
+        config_kwargs=None,
+        pretrained_detector=str(tmp_path),
+    ).eval()
+    padded = images_and_mask(ours.preprocess_image(batch((128, 160), (100, 130))))
+    assert padded["pixel_mask"].sum() == 128 * 160 + 100 * 130
+    with torch.no_grad():
+        expected, got = theirs(**padded), ours.detr(**padded)
+    assert (got.logits - expected.logits).abs().max() < 1e-4
+    assert (got.pred_boxes - expected.pred_boxes).abs().max() < 1e-4
+    assert got.logits.std() > 1e-3 and got.pred_boxes.std() > 1e-3
+
+    (image,) = inputs = batch((128, 160))
+    padded = images_and_mask(ours.preprocess_image(inputs))
+    with torch.no_grad():
+        found = ours(inputs)[0]["instances"]
+        processor = transformers.RTDetrImageProcessor()
+        (expected,) = processor.post_process_object_detection(
+            theirs(**padded), threshold=0, target_sizes=[(128, 160)]
+        )
+    count = len(expected["scores"])  # transformers keeps as many as there are queries
+    assert_close(found.scores[:count].sort().values, expected["scores"].sort().values)
+    assert image["height"], image["width"] == found.image_size
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_losses_are_named_and_add_up_to_that_of_transformers(architecture):
+    model, inputs = detector(architecture), batch((96, 128), (64, 96))
+    torch.manual_seed(1)
+    losses = model(inputs)
+    torch.manual_seed(1)
+    prepared = model.preprocess_image(inputs)
+    labels = model.prepare_targets(prepared, [x["instances"] for x in inputs])
+    total = model.detr(**images_and_mask(prepared), labels=labels).loss
+    torch.testing.assert_close(sum(losses.values()), total)
+    assert {"loss_bbox", "loss_giou"} < losses.keys()
+    assert len(losses) >= 6  # the inner layer of the decoder has losses too
+    total.backward()
+    assert [k for k, p in model.named_parameters() if p.requires_grad and p.grad is None] == []
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_batch_without_a_box_trains_every_parameter(architecture):
+    model = detector(architecture)
+    losses = model(batch((96, 128), (64, 96), boxes=0))
+    assert all(loss.isfinite() for loss in losses.values())
+    sum(losses.values()).backward()
+    assert [k for k, p in model.named_parameters() if p.requires_grad and p.grad is None] == []
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_boxes_come_back_from_what_the_model_learns(architecture):
+    """Targets given as predictions are the boxes that the targets were made from."""
+    model, inputs = detector(architecture), batch((128, 96), (64, 160))
+    prepared = model.preprocess_image(inputs)
+    for i, label in enumerate(model.prepare_targets(prepared, [x["instances"] for x in inputs])):
+        logits = 10.0 * torch.nn.functional.one_hot(label["class_labels"], 3) - 5
+        logits[0, 0] += 1  # the first box is the best
+        found = model._detections(
+            prepared, logits.expand(2, -1, -1), label["boxes"].expand(2, -1, -1)
+        )[i]
+        expected = inputs[i]["instances"]
+        torch.testing.assert_close(found.pred_boxes.tensor[:2], expected.gt_boxes.tensor)
+        assert found.pred_classes[:2].tolist() == expected.gt_classes.tolist()
+
+
+@pytest.mark.parametrize("architecture", ["rt_detr", "rt_detr_v2", "d_fine"])
+def test_boxes_stand_on_the_positions_of_the_padded_image(architecture):
+    """Before any training, a box has its centre in the middle of a position of a feature map."""
+    model = detector(architecture, "test_resnet", num_queries=200).eval()
+    prepared = model.preprocess_image(batch((128, 128), (128, 512)))
+    outputs = model.detr(**images_and_mask(prepared))
+    centres = outputs.pred_boxes[0, :, 0] * model._frames(prepared)[0][1]
+    assert centres.std() > 20
+    assert (centres / 4 - (centres / 4).round()).abs().max() < 0.05
+
+
+def test_deformable_queries_look_into_the_image_itself():
+    """What a query depends on lies around its box, and none of it in the padding."""
+    model = detector("deformable_detr", "test_resnet", num_queries=40).eval()
+    prepared = model.preprocess_image(batch((128, 128), (128, 512)))
+    pixels = prepared.tensor[:1].clone().requires_grad_()
+    mask = images_and_mask(prepared)["pixel_mask"][:1]
+    outputs = model.detr(pixel_values=pixels, pixel_mask=mask)
+    centres = outputs.pred_boxes[0, :, 0] * model._frames(prepared)[0][1]
+    query = (centres - 96).abs().argmin()  # right in the image, left in the padded one
+    assert 64 < centres[query] < 128
+    outputs.last_hidden_state[0, query].square().sum().backward()
+    weight = pixels.grad.abs().sum((0, 1, 2))
+    assert weight[64:128].sum() > weight[:64].sum() > weight[192:].sum()
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_what_is_beside_an_image_does_not_change_its_boxes(architecture):
+    model = detector(architecture).eval()
+    small, large, same = batch((90, 120), (160, 224), (96, 128))
+    with torch.no_grad():
+        alone = model([small])[0]["instances"]
+        together = model([large, small, same])[1]["instances"]
+    assert len(alone) == len(together) > 20
+    first, second = (
+        torch.cat([x.pred_boxes.tensor, 100 * torch.stack([x.scores, x.pred_classes], 1)], 1)
+        for x in (alone, together)
+    )
+    distances = (first[:, None] - second).abs().amax(2)  # the order of equal scores is any
+    assert distances.min(0).values.max() < 1e-3 and distances.min(1).values.max() < 1e-3
+
+
+def test_boxes_are_in_the_original_image():
+    model = detector(num_queries=50, test_topk_per_image=30).eval()
+    (small,) = batch((96, 128))
+    with torch.no_grad():
+        first = model([small])[0]["instances"]
+        second = model([small | {"height": 192, "width": 384}])[0]["instances"]
+    assert first.image_size == (96, 128) and second.image_size == (192, 384)
+    assert 0 < len(first) <= 30 and first.scores.diff().max() <= 0
+    scaled = first.pred_boxes.tensor * torch.tensor([3, 2, 3, 2])
+    torch.testing.assert_close(second.pred_boxes.tensor, scaled)
+    assert first.pred_boxes.tensor[:, 2].max() <= 128 and first.pred_boxes.tensor.min() >= 0
+
+
+BACKBONES = {
+    "convnext": lambda: TimmBackbone("test_convnext"),
+    "swin": lambda: TimmBackbone(
+        "swin_tiny_patch4_window7_224",
+        model_kwargs={"embed_dim": 16, "depths": [1, 1, 1, 1], "num_heads": [1, 2, 2, 2]},
+    ),
+    "efficientnet": lambda: TimmBackbone("test_efficientnet", norm="FrozenBN", freeze_at=2),
+    "vit": lambda: build_pyramid(TimmBackbone("test_vit"), 32, min_level=3),
+    "torchvision": lambda: TorchvisionBackbone("mobilenet_v3_small", freeze_at=1),
+    "dilated": lambda: TimmBackbone("resnet18", output_stride=16, out_indices=(2, 3)),
+}
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_any_backbone_trains(name):
+    backbone = BACKBONES[name]()
+    model = detector(backbone=backbone, in_features=["p2", "p3"] if name == "dilated" else None)
+    losses = model(batch((128, 96), (64, 160)))
+    sum(losses.values()).backward()
+    assert [k for k, p in model.named_parameters() if p.requires_grad and p.grad is None] == []
+    shapes = [backbone.output_shape()[level] for level in model.in_features]
+    assert model.detr.config.encoder_in_channels == [shape.channels for shape in shapes]
+    assert model.detr.config.feat_strides == [shape.stride for shape in shapes]
+    assert not [k for k in model.state_dict() if k.startswith("detr.model.backbone")]
+
+
+def test_pixels_are_normalized_as_the_backbone_was_trained():
+    inception = detector(backbone=BACKBONES["swin"]())
+    assert inception.pixel_mean.flatten().tolist() == pytest.approx([123.675, 116.28, 103.53])
+    half = detector(backbone="vit_tiny_patch16_224", architecture="dab-detr", in_features=["res4"])
+    assert half.pixel_mean.flatten().tolist() == [127.5] * 3
+    (image,) = batch((64, 64))
+    image["image"][:] = 255
+    assert half.preprocess_image([image]).tensor.unique().tolist() == [1]
+    own = detector(pixel_mean=[1.0, 2.0, 3.0], pixel_std=[4.0, 5.0, 6.0])
+    assert own.pixel_std.flatten().tolist() == [4, 5, 6]
+    assert own.preprocess_image([image]).tensor[0, :, 0, 0].tolist() == pytest.approx(
+        [63.5, 50.6, 42]
+    )
+    vgg = TorchvisionBackbone("mobilenet_v3_small")
+    assert vgg.pixel_mean == pytest.approx([123.675, 116.28, 103.53])
+    net = FeatureBackbone.from_module(
+        torch.nn.Sequential(*[torch.nn.Conv2d(3, 3, 3, 2, 1) for _ in range(5)]), ["2", "3", "4"]
+    )
+    with pytest.raises(ValueError, match="pixel_mean=None"):
+        detector(backbone=net)
+
+
+WRONG = {
+    "architecture": (dict(architecture="rt_detr_v3"), "'rt_detr_v3'.*'rt_detr_v2'"),
+    "num_classes": (dict(num_classes=0), "num_classes=0"),
+    "num_queries": (dict(num_queries=-1), "num_queries=-1"),
+    "levels": (dict(backbone="test_vit"), r"strides \(8, 16, 32\).*res4 \(16\).*build_pyramid"),
+    "level": (dict(in_features=["res6"]), "in_features=.*res6.*'res5'"),
+    "strides": (dict(in_features=["res3", "res5"]), r"strides \[8, 32\].*twice"),
+    "dilated": (
+        dict(backbone=lambda: TimmBackbone("resnet18", output_stride=16, out_indices=(2, 3, 4))),
+        r"\(8, 16, 32\).*p4 \(16\)",
+    ),
+    "one": (dict(architecture="dab-detr", in_features=["res4", "res5"]), "takes one level"),
+    "typo": (dict(config_kwargs={"decoder_layer": 2}), "'decoder_layer'.*'decoder_layers'"),
+    "computed": (dict(config_kwargs={"num_labels": 2}), "'num_labels', which follows"),
+    "value": (dict(config_kwargs={"decoder_layers": "x"}), "refused by transformers"),
+    "no folder": (dict(pretrained_detector=str(TOOLS)), "no folder of a detector"),
+}
+
+
+@pytest.mark.parametrize(("kwargs", "sentence"), WRONG.values(), ids=WRONG)
+def test_wrong_arguments_are_refused_in_a_sentence(kwargs, sentence):
+    kwargs = {k: v() if callable(v) else v for k, v in kwargs.items()}
+    with pytest.raises(ValueError, match=sentence) as error:
+        detector(**kwargs)
+    assert "\n" not in str(error.value)
+
+
+def test_images_of_too_few_positions_are_refused():
+    model = detector(num_queries=100)
+    with pytest.raises(ValueError, match="64x64.*num_queries=100.*84"):
+        model(batch((64, 64)))
+
+
+def test_without_transformers_there_is_one_sentence(monkeypatch):
+    backbone = TimmBackbone("test_resnet")
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(ImportError, match=r"transformers: pip install detbackbones\[detr\]"):
+        detector(backbone=backbone)
+
+
+def test_nothing_global_is_changed():
+    """transformers' own model is built as before, with its own encoder."""
+    mapping = set(transformers.CONFIG_MAPPING.keys())
+    detector()
+    assert set(transformers.CONFIG_MAPPING.keys()) == mapping
+    config = AutoConfig.for_model(
+        "rt_detr_v2",
+        backbone_config=ResNetConfig(hidden_sizes=[8] * 3, depths=[1] * 3, out_indices=[1, 2, 3]),
+        encoder_in_channels=[8] * 3,
+    )
+    encoder = AutoModelForObjectDetection.from_config(config).model.backbone
+    assert type(encoder).__name__ == "RTDetrV2ConvEncoder"
+
+
+def test_everything_of_a_pretrained_detector_is_loaded(tmp_path, caplog):
+    caplog.set_level("INFO", "detbackbones")
+    theirs = reference(tmp_path, "rt_detr_v2", "resnet18", [2, 3, 4], **channels("resnet18"))
+    ours = detector(pretrained_detector=str(tmp_path), config_kwargs=None)
+    state = theirs.state_dict()
+    own = ours.detr.state_dict()
+    assert f"loaded {len(own)} of the detector's {len(own)} tensors" in caplog.text
+    assert all(torch.equal(own[key], state[key]) for key in own)
+    key = "layer4.1.conv2.weight"
+    assert torch.equal(
+        ours.backbone.state_dict()[f"model.{key}"], state[f"model.backbone.model._backbone.{key}"]
+    )
+    assert ours.detr.config.decoder_layers == SMALL["decoder_layers"]
+
+
+def test_weights_of_another_model_with_the_same_names_are_not_loaded(tmp_path, caplog):
+    caplog.set_level("INFO", "detbackbones")
+    reference(tmp_path, "rt_detr_v2", "resnet18", [2, 3, 4], **channels("resnet18"))
+    backbone = TimmBackbone("resnetblur18")
+    assert backbone.state_dict().keys() == TimmBackbone("resnet18").state_dict().keys()
+    detector(backbone=backbone, pretrained_detector=str(tmp_path), config_kwargs=None)
+    assert "none of the backbone's" in caplog.text
+
+
+def test_other_classes_and_another_backbone_stay_as_they_are(tmp_path, caplog):
+    caplog.set_level("INFO", "detbackbones")
+    theirs = reference(tmp_path, "rt_detr_v2", "resnet18", [2, 3, 4], **channels("resnet18"))
+    backbone = TimmBackbone("test_convnext")
+    before = {k: v.clone() for k, v in backbone.state_dict().items()}
+    ours = detector(
+        backbone=backbone, num_classes=5, pretrained_detector=str(tmp_path), config_kwargs=None
+    )
+    assert "none of the backbone's" in caplog.text
+    assert "(not class_embed.0, class_embed.1, " in caplog.text
+    assert all(torch.equal(before[k], v) for k, v in backbone.state_dict().items())
+    own, state = ours.detr.state_dict(), theirs.state_dict()
+    same = [k for k in own if own[k].shape == state[k].shape]
+    assert len(same) > 0.9 * len(own)
+    assert all(torch.equal(own[k], state[k]) for k in same)
+    assert ours.detr.class_embed[0].out_features == 5
+
+
+def test_a_resnet_of_rt_detr_is_loaded_into_timms():
+    torch.manual_seed(0)
+    config = transformers.RTDetrResNetConfig(
+        depths=[2, 2, 2, 2], layer_type="bottleneck", out_indices=[2, 3, 4]
+    )
+    theirs = randomise(transformers.RTDetrResNetBackbone(config)).eval()
+    ours = TimmBackbone("resnet26d", out_features=["res3", "res4", "res5"]).eval()
+    loaded, wanting = ours.load_source(timm_keys(theirs.state_dict()))
+    assert not wanting and loaded == len(ours.state_dict())
+    assert timm_name(config) == "resnet26d"
+    assert timm_name(transformers.RTDetrResNetConfig(layer_type="basic")) is None
+    assert timm_name(TimmBackboneConfig(backbone="resnet18.a1_in1k")) == "resnet18"
+    x = images(1, 3, 96, 128)
+    with torch.no_grad():
+        expected = theirs(x).feature_maps
+        for got, wanted in zip(ours(x).values(), expected, strict=True):
+            assert_close(got, wanted)
+
+
+@pytest.mark.parametrize("name", [NOWHERE, "no/network"])
+def test_a_detector_that_cannot_be_downloaded(name):
+    with pytest.raises(ConnectionError, match=f"'{name}' could not be downloaded.*folder") as error:
+        detector(pretrained_detector=name)
+    assert "\n" not in str(error.value)
+
+
+def test_pickled_weights_are_not_read(tmp_path):
+    model = reference(tmp_path, "rt_detr_v2", "resnet18", [2, 3, 4], **channels("resnet18"))
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="no folder of a detector"):
+        detector(pretrained_detector=str(tmp_path), config_kwargs=None)
+
+
+def test_another_architecture_than_that_of_the_weights(tmp_path):
+    reference(tmp_path, "rt_detr_v2", "resnet18", [2, 3, 4], **channels("resnet18"))
+    with pytest.raises(ValueError, match="'d_fine' is not that of .* 'rt_detr_v2'"):
+        detector("d_fine", pretrained_detector=str(tmp_path), config_kwargs=None)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "model_name"),
+    [
+        ("rt_detr_v2", "resnet18"),
+        ("rt_detr_v2", "regnetx_002"),
+        ("deformable_detr", "resnet18"),
+        ("dab-detr", "convnext_atto"),
+    ],
+)
+def test_transformers_loads_a_saved_detector(tmp_path, architecture, model_name):
+    backbone = TimmBackbone(model_name, norm="FrozenBN", freeze_at=2)
+    ours = detector(architecture, backbone, num_queries=400)
+    randomise(ours.backbone)
+    ours.save_pretrained(str(tmp_path / "saved"), class_names=["a", "b", "c"])
+    theirs = AutoModelForObjectDetection.from_pretrained(tmp_path / "saved").eval()
+    assert theirs.config.id2label == {0: "a", 1: "b", 2: "c"}
+    (image,) = inputs = batch((640, 640))
+    padded = images_and_mask(ours.eval().preprocess_image(inputs))
+    with torch.no_grad():
+        got, expected = theirs(**padded), ours.detr(**padded)
+    assert_close(got.logits, expected.logits)
+    assert_close(got.pred_boxes, expected.pred_boxes)
+    processor = AutoImageProcessor.from_pretrained(tmp_path / "saved")
+    if architecture == "rt_detr_v2":
+        pixels = processor(images=image["image"], return_tensors="pt")["pixel_values"]
+        assert (pixels - padded["pixel_values"]).abs().max() < 1e-4
+
+
+def test_what_transformers_cannot_build_is_not_saved(tmp_path):
+    folder = str(tmp_path / "saved")
+    for backbone in (BACKBONES["torchvision"](), BACKBONES["vit"]()):
+        with pytest.raises(ValueError, match="stages of timm's models"):
+            detector(backbone=backbone).save_pretrained(folder)
+    narrow = TimmBackbone("resnet18", model_kwargs={"channels": [8, 16, 32, 64]})
+    with pytest.raises(ValueError, match="'resnet18' cannot be saved"):
+        detector(backbone=narrow).save_pretrained(folder)
+    # in Deformable DETR, transformers freezes batch norm and loses the activation with it
+    with pytest.raises(ValueError, match="'regnetx_002' cannot be saved.*other feature maps"):
+        detector("deformable_detr", "regnetx_002").save_pretrained(folder)
+    with pytest.raises(ValueError, match="2 names for 3 classes"):
+        detector().save_pretrained(folder, class_names=["a", "b"])
+    (tmp_path / "mine.txt").touch()
+    with pytest.raises(FileExistsError, match="holds files"):
+        detector().save_pretrained(str(tmp_path))
+    assert not (tmp_path / "saved").exists()
+
+
+def test_yacs():
+    cfg = get_cfg()
+    add_backbone_config(cfg)
+    cfg.MODEL.META_ARCHITECTURE = "TransformersDetector"
+    cfg.MODEL.BACKBONE.NAME = "TimmBackbone"
+    cfg.MODEL.TIMM.MODEL_NAME = "test_resnet"
+    cfg.MODEL.DEVICE = "cpu"
+    cfg.MODEL.DETR.NUM_CLASSES = 4
+    cfg.MODEL.DETR.NUM_QUERIES = 12
+    model = build_model(cfg)
+    assert (model.architecture, model.num_classes) == ("rt_detr_v2", 4)
+    assert model.detr.config.num_queries == 12
+    assert all(loss.isfinite() for loss in model(batch((64, 96))).values())
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_mixed_precision(architecture):
+    model, inputs = detector(architecture), batch((96, 128))
+    with torch.autocast("cpu", torch.bfloat16):
+        losses = model(inputs)
+    sum(losses.values()).backward()
+    assert all(loss.isfinite() for loss in losses.values())
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        found = model.eval()(inputs)[0]["instances"]
+    assert found.scores.dtype == found.pred_boxes.tensor.dtype == torch.float32
+
+
+def test_the_encoder_is_not_a_second_copy_of_the_backbone():
+    model = detector()
+    name = encoder_name(model.detr)
+    assert not list(model.detr.get_submodule(name).parameters())
+    total = sum(p.numel() for p in model.parameters())
+    parts = (model.backbone, model.detr)
+    assert total == sum(p.numel() for part in parts for p in part.parameters())
+    assert math.isclose(sum(p.numel() for p in model.backbone.parameters()), 11.2e6, rel_tol=0.01)

@@ -1,0 +1,60 @@
+"""What the tests share: telling weights, names of parameters, closeness, calling programs."""
+
+import importlib.util
+from pathlib import Path
+
+import torch
+from torch import nn
+
+ROOT = Path(__file__).parents[1]
+TOOLS = ROOT / "tools"
+
+
+def randomise(model, seed=0):
+    """Give every batch norm statistics and affine parameters of its own; returns the model."""
+    generator = torch.Generator().manual_seed(seed)
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            for name, low, high in (
+                ("running_mean", -0.2, 0.2),
+                ("running_var", 0.5, 1.5),
+                ("weight", 0.5, 1.5),
+                ("bias", -0.2, 0.2),
+            ):
+                getattr(module, name).data.uniform_(low, high, generator=generator)
+    return model
+
+
+def trainable(backbone):
+    """Names, in the source model, of the parameters that have gradients."""
+    names = {v.data_ptr(): k for k, v in backbone.state_dict().items()}
+    return {
+        names[p.data_ptr()].removeprefix("model.") for p in backbone.parameters() if p.requires_grad
+    }
+
+
+def images(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def assert_close(got, expected):
+    """The largest difference is below 1e-4 of the largest value."""
+    assert got.shape == expected.shape
+    assert (got - expected).abs().max() < 1e-4 * expected.abs().max()
+
+
+def load_tool(name):
+    """A program of tools/ as a module."""
+    spec = importlib.util.spec_from_file_location(Path(name).name, TOOLS / f"{name}.py")
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    return tool
+
+
+def run_main(program, *words):
+    """Call the main of a command or tool in this process; the exit code is returned."""
+    try:
+        program.main(list(map(str, words)))
+    except SystemExit as end:
+        return end.code or 0
+    return 0
