@@ -22,7 +22,7 @@ setup(
         "Environment :: Console",
         "Intended Audience :: Developers",
         "Intended Audience :: Science/Research",
-        "Operating System :: OS Independent",
+        "Operating System :: POSIX",
         "Programming Language :: Python :: 3",
         "Programming Language :: Python :: 3 :: Only",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
@@ -40,7 +40,7 @@ setup(
     install_requires=[
         "torch>=2.6",
         "torchvision>=0.21",
-        "timm>=1.0.15",
+        "timm>=1.0.31",  # of which every architecture has forward_intermediates
         "numpy",
         "pillow",
         "safetensors",
@@ -63,6 +63,7 @@ setup(
     ],
     extras_require={
         "detr": ["scipy", "transformers>=5.23"],
-        "test": ["mkdocs-material", "mkdocstrings-python", "playwright", "pytest", "ruff"],
+        "docs": ["mkdocs-material", "mkdocstrings[python]"],
+        "test": ["playwright", "pytest", "ruff"],
     },
 )

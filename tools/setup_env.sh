@@ -27,6 +27,6 @@ fi
 
 rm -f "$stamp"
 export PIP_CONSTRAINT=tools/constraints.txt
-.venv/bin/python -m pip install --disable-pip-version-check -e '.[detr,test]' >&2
+.venv/bin/python -m pip install --disable-pip-version-check -e '.[detr,docs,test]' >&2
 .venv/bin/detbackbones install-detectron2
 echo "$wanted" >"$stamp"

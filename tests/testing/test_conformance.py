@@ -234,7 +234,7 @@ def test_facts_of_a_row():
             ["res5", 288, 32, False],
         ],
         "size": "any",
-        "batch_norm": ["BatchNorm2d", "BatchNormAct2d"],
+        "batch_norm": ["BatchNormAct2d"],
         "neck": "FPN",
         "points": {
             **dict.fromkeys(contract.POINTS, "ok"),
