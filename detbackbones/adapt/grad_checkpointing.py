@@ -19,11 +19,14 @@ from torch import fx, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.checkpoint import checkpoint
 
+from ..measure.trace import Trace, tensors_in
+
 
 class Checkpoints:
     """Runs an extractor such that training keeps only what enters its pieces.
 
-    A piece is an outermost module with parts that holds no sequence of blocks: a block, a stem. Of
+    A piece is an outermost module with parts that holds no sequence of blocks: a block, a stem. One
+    whose input is overwritten in place cannot run again, and is none. Of
     the n-th sequence of blocks that is an ``nn.Sequential``, 2^(n-1) blocks are one piece, since
     each stage has about half as large maps as the one before. A graph is cut into about as many
     pieces as each piece has nodes, at places where the fewest values are alive.
@@ -31,18 +34,26 @@ class Checkpoints:
     It holds names, no modules, so that it fits copies of the extractor and what its modules become.
     """
 
-    def __init__(self, extractor: nn.Module):
+    def __init__(self, extractor: nn.Module, measured: Trace):
         """
         Args:
             extractor: with the parameters that are to be frozen frozen; it is not touched.
+            measured: a trace of it, or of one that is built alike.
 
         Raises:
             ValueError: if nothing that learns lies in a piece.
         """
-        modules = dict(extractor.named_modules())
-        stages = [n for n, m in modules.items() if n and _is_stage(m) and not _holds_stage(m)]
+        overwritten = {run.name for run in measured.runs if not run.repeatable}
+        modules = {n: m for n, m in extractor.named_modules() if n and n not in overwritten}
+        stages = [
+            name
+            for name, module in modules.items()
+            if _is_stage(module)
+            and not _holds_stage(module)
+            and not overwritten & {f"{name}.{child}" for child, _ in module.named_children()}
+        ]
         self.lengths = {name: 2**i for i, name in enumerate(stages)}
-        self.blocks = [n for n, m in modules.items() if n and _has_parts(m) and not _is_or_holds(m)]
+        self.blocks = [n for n, m in modules.items() if _has_parts(m) and not _is_or_holds(m)]
         inside = [*self.lengths, *self.blocks]
         if not any(p.requires_grad for name in inside for p in modules[name].parameters()):
             raise ValueError(
@@ -105,7 +116,10 @@ class _Outermost:
     def run(self, module: nn.Module, forward: Callable, *args: Any, **kwargs: Any) -> Any:
         # a hook in the module would be called again; those of the module itself are not
         inner = [*module.modules()][1:]
-        if self.inside or any(m._forward_hooks or m._forward_pre_hooks for m in inner):
+        hooked = any(m._forward_hooks or m._forward_pre_hooks for m in inner)
+        learns = any(tensor.requires_grad for tensor in tensors_in((args, kwargs)))
+        learns = learns or any(parameter.requires_grad for parameter in module.parameters())
+        if self.inside or hooked or not learns:
             return forward(*args, **kwargs)
         self.inside = True
         try:

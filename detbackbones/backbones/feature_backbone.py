@@ -111,7 +111,7 @@ class FeatureBackbone(Backbone):
         self.train()
         self._checkpoints = None
         if grad_checkpointing:
-            self._checkpoints = Checkpoints(extractor)
+            self._checkpoints = Checkpoints(extractor, fit.trace)
         if checkpoint_path:
             self.load_checkpoint(checkpoint_path)
 

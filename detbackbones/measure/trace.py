@@ -24,6 +24,7 @@ class Run:
         name: of the submodule.
         inputs: the tensors that it was given.
         start: index of its first operation.
+        versions: how often each of them had been written in place when it began.
         end: index of its last operation, infinity if it did not return.
         outputs: the tensors that it gave.
     """
@@ -31,8 +32,14 @@ class Run:
     name: str
     inputs: list[torch.Tensor]
     start: int
+    versions: list[int] = field(default_factory=list)
     end: float = math.inf
     outputs: list[torch.Tensor] = field(default_factory=list)
+
+    @property
+    def repeatable(self) -> bool:
+        """Whether its inputs are what they were, not overwritten in place by it or after it."""
+        return [tensor._version for tensor in self.inputs] == self.versions
 
     @property
     def shapes(self) -> list[tuple[int, ...]]:
@@ -244,7 +251,9 @@ def record(
     ended: list[Run] = []
 
     def begin(name: str, inputs: tuple) -> None:
-        runs.append(Run(name, tensors_in(inputs), len(log.memory)))
+        tensors = tensors_in(inputs)
+        versions = [tensor._version for tensor in tensors]
+        runs.append(Run(name, tensors, len(log.memory), versions))
 
     def finish(name: str, output: Any) -> None:
         run = next(run for run in reversed(runs) if run.name == name and run.end == math.inf)

@@ -8,6 +8,7 @@ from detbackbones import FeatureBackbone, TimmBackbone, TorchvisionBackbone
 from detbackbones.adapt.grad_checkpointing import Checkpoints
 from detbackbones.adapt.norm import freeze_batch_norm
 from detbackbones.measure.levels import output_list
+from detbackbones.measure.trace import record
 from support import images, randomise
 from torch import nn
 
@@ -85,7 +86,7 @@ def test_a_step_is_the_same(name, frozen):
         parameters = list(extractor.parameters())
         for parameter in parameters[: len(parameters) // 3]:
             parameter.requires_grad_(False)
-    plan = Checkpoints(extractor)
+    plan = Checkpoints(extractor, record(extractor, size=(64, 64)))
     other = copy.deepcopy(extractor)
     names = list(extractor.state_dict())
     x = images(2, 3, 64, 64)
@@ -99,7 +100,7 @@ def test_a_step_is_the_same(name, frozen):
 @pytest.mark.parametrize("name", ["FeatureListNet", "graph", "torchvision ViT"])
 def test_nothing_is_repeated_without_need(name):
     extractor = BACKBONES[name]().train().extractor
-    plan = Checkpoints(extractor)
+    plan = Checkpoints(extractor, record(extractor, size=(64, 64)))
     x = images(2, 3, 64, 64)
     everything = saved_bytes(extractor, extractor, x)
     with torch.no_grad():
@@ -123,7 +124,7 @@ def test_nothing_is_repeated_without_need(name):
 def test_memory(backbone, most):
     with torch.device("meta"):
         extractor = backbone().train().extractor.to("meta")
-    plan = Checkpoints(extractor)
+    plan = Checkpoints(extractor, record(extractor, size=(64, 64)))
     x = torch.empty(2, 3, 384, 384, device="meta")
     whole = saved_bytes(extractor, extractor, x)
     assert saved_bytes(lambda x: plan.run(extractor, x), extractor, x) < most * whole
@@ -132,7 +133,7 @@ def test_memory(backbone, most):
 @pytest.mark.parametrize("name", ["FeatureListNet", "graph"])
 def test_compiled_in_mixed_precision(name):
     extractor = freeze_batch_norm(BACKBONES[name]().train().extractor)
-    plan = Checkpoints(extractor)
+    plan = Checkpoints(extractor, record(extractor, size=(64, 64)))
     other = copy.deepcopy(extractor)
     x = images(2, 3, 64, 64)
     compiled = torch.compile(lambda x: output_list(plan.run(other, x)), backend="aot_eager")
@@ -144,4 +145,4 @@ def test_compiled_in_mixed_precision(name):
 
 def test_refused():
     with pytest.raises(ValueError, match="grad_checkpointing=True has no effect"):
-        Checkpoints(nn.Conv2d(3, 8, 4, 4))
+        Checkpoints(nn.Conv2d(3, 8, 4, 4), record(nn.Conv2d(3, 8, 4, 4)))
