@@ -154,7 +154,9 @@ def _run_graph(extractor: fx.GraphModule, x: torch.Tensor) -> Any:
 
 
 def _cut(extractor: fx.GraphModule, nodes: Sequence[fx.Node]) -> Iterator[list[fx.Node]]:
-    """Pieces of a graph of about the square root of its length, between which little is alive."""
+    """Pieces of a graph of one to two times the square root of its length, between which the fewest
+    values are alive.
+    """
     place = {node: i for i, node in enumerate(nodes)}
     alive = [0] * len(nodes)  # how many values of nodes up to each are used after it
     for node in nodes:
@@ -166,7 +168,7 @@ def _cut(extractor: fx.GraphModule, nodes: Sequence[fx.Node]) -> Iterator[list[f
                 alive[i] += len(nodes)
     start, size = 0, math.isqrt(len(nodes))
     while start < len(nodes):
-        ends = range(start + size // 2, min(start + 3 * size // 2, len(nodes)))
+        ends = range(start + size, min(start + 2 * size, len(nodes)))
         end = min(reversed(ends), key=alive.__getitem__) + 1 if ends else len(nodes)
         yield list(nodes[start:end])
         start = end
