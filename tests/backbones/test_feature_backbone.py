@@ -3,6 +3,7 @@
 import copy
 
 import pytest
+import timm
 import torch
 from detbackbones import FeatureBackbone, TimmBackbone, TorchvisionBackbone
 from detbackbones.backbones.source import Levels, Source
@@ -234,6 +235,46 @@ def test_from_module():
 def test_from_module_refuses(arguments, message):
     with pytest.raises(ValueError, match=message):
         FeatureBackbone.from_module(Net(), in_channels=1, **arguments)
+
+
+def test_a_checkpoint_of_another_module(tmp_path):
+    torch.save(Extractor().state_dict(), tmp_path / "other.pth")
+    backbone = FeatureBackbone.from_module(Net(), ["stage2"], in_channels=1)
+    with pytest.raises(ValueError, match="checkpoint_path='.*other.pth' is not of Net: 0 of 10"):
+        backbone.load_checkpoint(str(tmp_path / "other.pth"))
+    torch.save(Net().state_dict(), tmp_path / "own.pth")
+    backbone.load_checkpoint(str(tmp_path / "own.pth"))
+    weight = torch.load(tmp_path / "own.pth")["stage2.weight"]
+    assert torch.equal(backbone.state_dict()["model.stage2.weight"], weight)
+
+
+def test_a_module_is_not_kept_beside_the_backbone():
+    backbone = FeatureBackbone.from_module(Net(), ["stage2"], in_channels=1)
+    assert all(p.is_meta for p in backbone.source.create().parameters())
+
+
+@pytest.mark.parametrize("kind, name", [(TimmBackbone, "resnet18"), (TorchvisionBackbone, "vgg11")])
+def test_parameters_have_the_names_of_the_state_dict(kind, name):
+    backbone = kind(name)
+    names = [key for key, _ in backbone.named_parameters()]
+    assert names == [key for key in backbone.state_dict() if key in set(names)]
+    assert {key.removeprefix("model.") for key in names} <= backbone.source.state_names
+
+
+def calls_of(monkeypatch, build):
+    """How often timm builds a model while a function runs, and what the function gives."""
+    create, names = timm.create_model, []
+    monkeypatch.setattr(timm, "create_model", lambda *a, **k: names.append(a) or create(*a, **k))
+    return build(), names
+
+
+def test_a_model_is_built_once_on_meta_and_once_for_real(monkeypatch):
+    backbone, calls = calls_of(monkeypatch, lambda: TimmBackbone("resnet18", freeze_at=2))
+    assert len(calls) == 2
+    assert backbone.pixel_mean and backbone.parameter_depths() is not None
+    assert backbone.no_weight_decay() == set()
+    backbone.load_source(timm.models.resnet18().state_dict())
+    assert len(calls) == 2
 
 
 class Detour(Extractor):

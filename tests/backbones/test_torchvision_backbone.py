@@ -144,6 +144,31 @@ def test_later_stages_are_dropped_and_all_that_is_left_learns(name):
     assert not [n for n, p in backbone.named_parameters() if p.requires_grad and p.grad is None]
 
 
+def test_layers_and_checkpoint_path(tmp_path):
+    source = source_model("resnet18")
+    torch.save(source.state_dict(), tmp_path / "resnet18.pth")
+    backbone = TorchvisionBackbone(
+        "resnet18",
+        layers={"layer3.0": "res4", "layer1": "fine"},
+        checkpoint_path=str(tmp_path / "resnet18.pth"),
+        freeze_at=2,
+    ).eval()
+    x = images(1, 3, 64, 64)
+    levels = backbone(x)
+    for level, expected in zip(levels.values(), levels_of_source(source, "layer1 layer3.0", x)):
+        assert_close(level, expected)
+    assert list(levels) == ["fine", "res4"]
+    assert {name.partition(".")[0] for name in trainable(backbone)} == {"layer2", "layer3"}
+
+
+def test_drop_path_rate():
+    backbone = TorchvisionBackbone("convnext_tiny", drop_path_rate=0.3)
+    rates = [m.p for m in backbone.modules() if isinstance(m, torchvision.ops.StochasticDepth)]
+    assert max(rates) == pytest.approx(0.3) and min(rates) == 0
+    with pytest.raises(ValueError, match="'resnet18' cannot be built: .*stochastic_depth_prob"):
+        TorchvisionBackbone("resnet18", drop_path_rate=0.3)
+
+
 def test_deep_copy():
     backbone = TorchvisionBackbone("resnet18", freeze_at=2, norm="FrozenBN").train()
     twin = copy.deepcopy(backbone)
@@ -174,6 +199,9 @@ WRONG = [
     ({"return_nodes": {"layer2": "a", "layer3": "a"}}, "return_nodes=.* different names"),
     ({"return_nodes": {"avgpool": "a"}}, r"return_nodes={'avgpool': 'a'} .*\(2, 512, 1, 1\)"),
     ({"return_nodes": RETURN_NODES, "out_features": ["res2"]}, "'res2'.*'res3', 'res4', 'res5'"),
+    ({"layers": ["layer2"], "return_nodes": ["layer3"]}, "layers=.* and return_nodes were given"),
+    ({"layers": ["layr2"]}, "layers='layr2' is unknown: the nearest are 'layer2'"),
+    ({"pretrained": "yes"}, "pretrained='yes' is unknown: valid are True, False"),
     ({"model_kwargs": {"nope": 1}}, "model_name='resnet18' cannot be built: .*'nope'"),
 ]
 

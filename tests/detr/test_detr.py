@@ -281,6 +281,13 @@ def test_wrong_arguments_are_refused_in_a_sentence(kwargs, sentence):
     assert "\n" not in str(error.value)
 
 
+def test_a_detector_of_another_architecture_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "yolos"}')
+    sentence = "pretrained_detector='.*' must be of a known architecture, and it is of 'yolos': "
+    with pytest.raises(ValueError, match=sentence):
+        detector(pretrained_detector=str(tmp_path))
+
+
 def test_images_of_too_few_positions_are_refused():
     model = detector(num_queries=100)
     with pytest.raises(ValueError, match="64x64.*num_queries=100.*84"):
