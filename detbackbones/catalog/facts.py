@@ -21,7 +21,7 @@ class Facts:
 
     Attributes:
         source: "timm" or "torchvision".
-        params: parameters, without the classifier and what else no level needs.
+        params: parameters, without the classifier and other parts that no level depends on.
         gmacs: 10^9 multiply-adds of one image.
         side: the height and width of that image: 224, or 224 padded to what the model takes.
         size: which images it takes: "any", "multiples of 64", "square 224 or img_size", ...

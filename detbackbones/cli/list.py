@@ -8,7 +8,8 @@ The numbers come from the package's catalog.json, which --write measures on the 
 installed timm and torchvision: what the file has for these versions is kept, so that a run that was
 interrupted goes on.
 
-  params      parameters of the backbone, without classifier and what else no level needs
+  params      parameters of the backbone, without the classifier and other parts that no level
+              depends on
   GMACs       10^9 multiply-adds of one 224 x 224 image in convolutions, linear maps and attention;
               padded to the size after the @ where a model does not take 224
   strides     of the levels res2 to res5, with the channels of each

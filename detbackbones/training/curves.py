@@ -34,7 +34,9 @@ def draw_curves(metrics_file: str | Path, path: str | Path) -> Path:
     losses = main_losses(curves)
     metrics = [k for k in curves if re.search(METRICS, k)]
     if not losses:
-        raise ValueError(f"metrics_file={str(metrics_file)!r} has no losses, such as 'total_loss'.")
+        raise ValueError(
+            f"metrics_file={str(metrics_file)!r} must have losses, such as 'total_loss'"
+        )
 
     columns = [["loss", "metric"], ["lr", "metric"]] if metrics else [["loss"], ["lr"]]
     figure = Figure((6.5 * len(columns[0]), 5), dpi=100, layout="constrained")
