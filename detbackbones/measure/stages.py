@@ -76,7 +76,7 @@ def find_layers(
         wide = _measure(model, (height, 2 * width), in_channels)
     except Exception as error:
         whole = [layer for layer in layers if not layer.resampled]
-        if layers and not whole:
+        if layers and not whole and not aligned:
             raise ValueError(
                 f"size={size[0]}x{size[1]} must be a multiple of {ALIGNED} for the strides of "
                 f"{type(model).__name__} to be seen, which takes images of this size alone"
