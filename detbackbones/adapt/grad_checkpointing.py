@@ -25,11 +25,11 @@ from ..measure.trace import Trace, tensors_in
 class Checkpoints:
     """Runs an extractor such that training keeps only what enters its pieces.
 
-    A piece is an outermost module with parts that holds no sequence of blocks: a block, a stem. One
-    whose input is overwritten in place cannot run again, and is none. Of
-    the n-th sequence of blocks that is an ``nn.Sequential``, 2^(n-1) blocks are one piece, since
-    each stage has about half as large maps as the one before. A graph is cut into about as many
-    pieces as each piece has nodes, at places where the fewest values are alive.
+    A piece is an outermost module with parts that is no stage (a sequence of blocks) and holds none:
+    a block, a stem. In the n-th stage 2^(n-1) blocks are one piece if it is an ``nn.Sequential``,
+    since the maps of each stage are about half as large as those of the stage before. A module whose
+    input is overwritten in place cannot run again, and is no piece. A graph is cut into about as
+    many pieces as each piece has nodes, at places where the fewest values are alive.
 
     It holds names, no modules, so that it fits copies of the extractor and what its modules become.
     """
@@ -49,11 +49,15 @@ class Checkpoints:
             name
             for name, module in modules.items()
             if _is_stage(module)
-            and not _holds_stage(module)
+            and not any(map(_is_or_holds_stage, module.children()))
             and not overwritten & {f"{name}.{child}" for child, _ in module.named_children()}
         ]
         self.lengths = {name: 2**i for i, name in enumerate(stages)}
-        self.blocks = [n for n, m in modules.items() if _has_parts(m) and not _is_or_holds(m)]
+        self.blocks = [
+            name
+            for name, module in modules.items()
+            if _has_parts(module) and not _is_or_holds_stage(module)
+        ]
         inside = [*self.lengths, *self.blocks]
         if not any(p.requires_grad for name in inside for p in modules[name].parameters()):
             raise ValueError(
@@ -83,22 +87,18 @@ class Checkpoints:
 
 
 def _is_stage(module: nn.Module) -> bool:
-    """Whether a module is a sequence of blocks: its parts are numbered, and two have parts."""
-    children = dict(module.named_children())
-    return all(re.search(r"\d$", name) for name in children) and (
-        sum(
-            sum(bool(m._parameters or m._buffers) for m in c.modules()) > 2
-            for c in children.values()
-        )
-        > 1
-    )
+    """Whether a module is a sequence of blocks: its parts are numbered, and several are blocks."""
+    parts = dict(module.named_children())
+    numbered = all(re.search(r"\d$", name) for name in parts)
+    return numbered and sum(map(_is_block, parts.values())) > 1
 
 
-def _holds_stage(module: nn.Module) -> bool:
-    return any(map(_is_stage, [*module.modules()][1:]))
+def _is_block(module: nn.Module) -> bool:
+    """Whether a module has more in it than, say, a convolution and its norm."""
+    return sum(bool(m._parameters or m._buffers) for m in module.modules()) > 2
 
 
-def _is_or_holds(module: nn.Module) -> bool:
+def _is_or_holds_stage(module: nn.Module) -> bool:
     return any(map(_is_stage, module.modules()))
 
 
