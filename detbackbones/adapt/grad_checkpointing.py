@@ -25,11 +25,11 @@ from ..measure.trace import Trace, tensors_in
 class Checkpoints:
     """Runs an extractor such that training keeps only what enters its pieces.
 
-    A piece is an outermost module with parts that is no stage (a sequence of blocks) and holds none:
-    a block, a stem. In the n-th stage 2^(n-1) blocks are one piece if it is an ``nn.Sequential``,
-    since the maps of each stage are about half as large as those of the stage before. A module whose
-    input is overwritten in place cannot run again, and is no piece. A graph is cut into about as
-    many pieces as each piece has nodes, at places where the fewest values are alive.
+    A piece is an outermost module with parts that is no stage (a sequence of blocks) and holds
+    none: a block, a stem. In the n-th stage 2^(n-1) blocks are one piece if the stage is an
+    ``nn.Sequential``, since its maps are about half as large as those of the stage before. A module
+    whose input is overwritten in place cannot run again, and is no piece. A graph is cut into about
+    as many pieces as each piece has nodes, at places where the fewest values are alive.
 
     It holds names, no modules, so that it fits copies of the extractor and what its modules become.
     """
