@@ -5,12 +5,12 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from ..backbones import BACKBONES
+from ..measure.meta import meta_state, run_on_meta
 from ..messages import first_line
 from ..testing.contract import check_build, check_sizes
 from ..testing.trial import SUBJECTS, Trial
@@ -26,12 +26,11 @@ def count_macs(model: nn.Module, shape: tuple[int, ...]) -> int:
     Those of convolutions, of linear maps and of attention are counted, as is usual.
 
     Args:
-        model: in eval mode, on any device.
+        model: in eval mode; it is not touched.
         shape: of its input.
     """
-    device = next(model.parameters()).device
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(torch.zeros(shape, device=device))
+    with FlopCounterMode(display=False) as counter:
+        run_on_meta(model, meta_state(model), shape)
     return counter.get_total_flops() // 2
 
 
