@@ -12,6 +12,8 @@ import zipfile
 import pytest
 from support import ROOT
 
+pytestmark = pytest.mark.slow
+
 
 def test_the_wheel_has_every_module_and_config(wheel):
     names = zipfile.ZipFile(wheel).namelist()

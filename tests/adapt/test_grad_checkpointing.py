@@ -130,6 +130,7 @@ def test_memory(backbone, most):
     assert saved_bytes(lambda x: plan.run(extractor, x), extractor, x) < most * whole
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["FeatureListNet", "graph"])
 def test_compiled_in_mixed_precision(name):
     extractor = freeze_batch_norm(BACKBONES[name]().train().extractor)

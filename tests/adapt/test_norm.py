@@ -255,6 +255,7 @@ def train_in_two_processes(rank, folder, name):
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["test_efficientnet", "test_resnet"])
 def test_sync_batch_norm_sees_the_batches_of_all_processes(name, tmp_path):
     torch.multiprocessing.spawn(train_in_two_processes, (tmp_path, name), nprocs=2)

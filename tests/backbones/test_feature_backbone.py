@@ -379,6 +379,7 @@ def test_gradient_checkpointing_with_nothing_to_gain():
         TimmBackbone("resnet18", compile=True, grad_checkpointing=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kind, arguments",
     [

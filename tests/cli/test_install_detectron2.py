@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from detbackbones.cli import install_detectron2
 
+pytestmark = pytest.mark.slow
+
 MADE_WHEEL = {
     "LabGym/__init__.py": "",
     "LabGym/detectron2/__init__.py": '__version__ = "0.6"\n',

@@ -136,6 +136,7 @@ RESUMED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", RESUMED.values(), ids=RESUMED)
 def test_a_resumed_run_ends_like_a_whole_one(tiny, run_train_net, tmp_path, case):
     whole, part = tmp_path / "whole", tmp_path / "part"
@@ -153,6 +154,7 @@ def test_a_resumed_run_ends_like_a_whole_one(tiny, run_train_net, tmp_path, case
     assert not same(whole / "model_final.pth", whole / "model_0000001.pth")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_killed_run_ends_like_a_whole_one(tiny, run_train_net, tmp_path, one_thread, workers):
     more = [f"dataloader.train.num_workers={workers}", "train.max_iter=12"]
@@ -174,6 +176,7 @@ def test_a_killed_run_ends_like_a_whole_one(tiny, run_train_net, tmp_path, one_t
     assert same(whole / "model_final.pth", killed / "model_final.pth")
 
 
+@pytest.mark.slow
 def test_the_seed_decides(tiny, run_train_net, tmp_path):
     seeds = {"a": 5, "b": 5, "c": 6}
     for name, seed in seeds.items():
@@ -192,6 +195,7 @@ LAUNCHERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("launcher", "arguments"), LAUNCHERS.values(), ids=LAUNCHERS)
 def test_two_processes_train_like_one(tiny, run_train_net, tmp_path, launcher, arguments):
     """The loss is a mean over pixels, no norm depends on the batch, and the step is linear."""
@@ -207,6 +211,7 @@ def test_two_processes_train_like_one(tiny, run_train_net, tmp_path, launcher, a
     assert (two / "log.txt.rank1").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["rt_detr_v2", "deformable_detr"])
 def test_a_detr_trains_on_two_processes(tiny, tmp_path, architecture):
     """Each parameter has a gradient in each process, or the second step would fail."""

@@ -68,8 +68,16 @@ def rows(request):
     return {(row["source"], row["name"]): row for row in done}
 
 
+QUICK = "test_resnet test_efficientnet test_vit levit_128s shufflenet_v2_x0_5 squeezenet1_1".split()
+
+
 @pytest.mark.parametrize(
-    "source, name", [(source, name) for source, names in SMALLEST.items() for name in names]
+    "source, name",
+    [
+        pytest.param(source, name, marks=() if name in QUICK else pytest.mark.slow)
+        for source, names in SMALLEST.items()
+        for name in names
+    ],
 )
 def test_each_family_keeps_the_contract(source, name, rows):
     row = rows[source, name]

@@ -10,6 +10,8 @@ import torch
 from support import TOOLS, load_tool
 from torch import nn
 
+pytestmark = pytest.mark.slow
+
 sys.path.insert(0, str(TOOLS / "benchmark"))  # as for the program: it imports its neighbour
 benchmark = load_tool("benchmark/backbones")
 contestants = sys.modules["contestants"]

@@ -4,7 +4,10 @@ import re
 import subprocess
 import sys
 
+import pytest
 from support import TOOLS
+
+pytestmark = pytest.mark.slow
 
 
 def run(*words):

@@ -9,6 +9,8 @@ from safetensors.torch import load_file
 from support import TOOLS, load_tool
 from timm import create_model
 
+pytestmark = pytest.mark.slow
+
 TOOL = TOOLS / "quickstart.py"
 PREFIX = "backbone.bottom_up.model."
 quickstart = load_tool("quickstart")
