@@ -64,6 +64,6 @@ setup(
     extras_require={
         "detr": ["scipy", "transformers>=5.23"],
         "docs": ["mkdocs-material", "mkdocstrings[python]"],
-        "test": ["playwright", "pytest", "ruff"],
+        "test": ["playwright", "pytest", "pytest-xdist", "ruff"],
     },
 )

@@ -9,4 +9,5 @@ words=()
 for word in "$@"; do
     if [[ $word == --all ]]; then marks=(); else words+=("$word"); fi
 done
-exec .venv/bin/python -m pytest "${marks[@]}" "${words[@]}"
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}  # there is a process for each core
+exec .venv/bin/python -m pytest -n auto --dist loadfile "${marks[@]}" "${words[@]}"
