@@ -1,6 +1,6 @@
 """Configs: the LazyConfigs that come with the package, and the yacs keys."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -94,6 +94,23 @@ def add_backbone_config(cfg: CfgNode) -> None:
     cfg.INPUT.FORMAT = "RGB"
     cfg.MODEL.PIXEL_MEAN = [123.675, 116.28, 103.53]
     cfg.MODEL.PIXEL_STD = [58.395, 57.12, 57.375]
+
+
+def check_model_kwargs(model_kwargs: Mapping[str, Any], own: Collection[str]) -> None:
+    """Refuse arguments for a model that are arguments of the backbone.
+
+    Args:
+        model_kwargs: what the user gave.
+        own: names of arguments of the backbone.
+
+    Raises:
+        ValueError: if there is one.
+    """
+    for key in own:
+        if key in model_kwargs:
+            raise ValueError(
+                f"model_kwargs={dict(model_kwargs)} must not have {key!r}: give {key}= itself"
+            )
 
 
 def plain_dict(arguments: Mapping[str, Any] | None) -> dict[str, Any]:

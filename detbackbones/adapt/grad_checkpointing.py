@@ -177,7 +177,9 @@ def _cut(extractor: fx.GraphModule, nodes: Sequence[fx.Node]) -> Iterator[list[f
 def _is_in_place(extractor: fx.GraphModule, node: fx.Node) -> bool:
     """Whether a node overwrites its first input."""
     if node.op == "call_module":
-        return getattr(extractor.get_submodule(node.target), "inplace", False)
+        module = extractor.get_submodule(node.target)
+        # a folded norm passes on what it is given, which an activation may then overwrite
+        return getattr(module, "inplace", False) or getattr(module, "folded", False)
     name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
     augmented = getattr(operator, name, None) is node.target and name in ("iadd", "imul", "isub")
     return augmented or name.endswith("_") or bool(node.kwargs.get("inplace"))

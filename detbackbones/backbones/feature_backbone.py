@@ -5,6 +5,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import ClassVar
 
 import torch
 from detectron2.layers import ShapeSpec
@@ -18,6 +19,7 @@ from ..adapt.memory_format import gains_from_channels_last
 from ..adapt.norm import NORMS, convert_norm, is_batch_norm
 from ..adapt.prune import prune
 from ..measure.levels import output_list
+from ..measure.trace import record
 from ..messages import one_of, whole_number
 from ..weights import backbone_state_dict, fitting, read_state_dict, unloaded
 from .module_source import ModuleSource
@@ -36,7 +38,10 @@ class FeatureBackbone(Backbone):
         source: what the model is.
         model: the source model, without the parts that no level depends on.
         execution_order: names of the parameters in the order of their first use.
+        source_class: of a subclass that makes its source itself, the class of that source.
     """
+
+    source_class: ClassVar[type[Source]]
 
     def __init__(
         self,
@@ -111,7 +116,9 @@ class FeatureBackbone(Backbone):
         self.train()
         self._checkpoints = None
         if grad_checkpointing:
-            self._checkpoints = Checkpoints(extractor, fit.trace)
+            # traced again, for a folded norm passes on what it is given
+            as_it_is = record(extractor, source.in_channels, fit.sizes.probe)
+            self._checkpoints = Checkpoints(extractor, as_it_is)
         if checkpoint_path:
             self.load_checkpoint(checkpoint_path)
 

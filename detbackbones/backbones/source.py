@@ -64,6 +64,7 @@ class Source(ABC):
         model_name: as the library calls it.
         in_channels: channels of the images.
         prefix: what an extractor puts before the model's own names of parameters and modules.
+        by_name: the argument of the library's backbone that takes levels by their names.
         resizes_patches: whether ``patch_size`` gives the library's ViTs another stride.
         size_options: further arguments of ``create`` and ``extractor`` that make some of the
             library's models take images of more sizes, the preferred first; a model may refuse
@@ -75,12 +76,18 @@ class Source(ABC):
     """
 
     prefix: ClassVar[str] = ""
+    by_name: ClassVar[str] = "layers"
     resizes_patches: ClassVar[bool] = False
     size_options: Sequence[Mapping[str, Any]] = ({},)
     dilation: Mapping[str, Any] = {}
     odd_strides: bool = True
 
     def __init__(self, model_name: str, in_channels: int = 3):
+        """
+        Args:
+            model_name: as the library calls it.
+            in_channels: channels of the images.
+        """
         self.model_name = model_name
         self.in_channels = in_channels
 
@@ -134,6 +141,11 @@ class Source(ABC):
     # What a source may say.
 
     @classmethod
+    def has(cls, model_name: str) -> bool:
+        """Whether there is a model of a name, perhaps one that is not listed any more."""
+        return model_name in cls.names()
+
+    @classmethod
     def find(cls, pattern: str | Sequence[str] = "*", pretrained: bool = False) -> list[str]:
         """The models whose names fit a pattern, or one of several.
 
@@ -179,6 +191,20 @@ class Source(ABC):
             extractor: of some levels, as it was built.
             frozen: names in the model of the modules that are frozen.
         """
+
+    @classmethod
+    def graph_nodes(cls, model: nn.Module, size: tuple[int, int]) -> dict[str, tuple[str, str]]:
+        """Other places than modules that levels can be had from.
+
+        Args:
+            model: of :meth:`create`.
+            size: (H, W) of images that it takes.
+
+        Returns:
+            name to the output's shape without the images ("64x56x56") and the modes in which it
+            runs ("train, eval").
+        """
+        return {}
 
     def convert(self, state: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
         """A checkpoint of the model, in whatever format, with the names and shapes of the model."""

@@ -7,7 +7,7 @@ from detectron2.config import CfgNode, configurable
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, Backbone
 
-from ..config import plain_dict
+from ..config import check_model_kwargs, plain_dict
 from ..messages import whole_number
 from .detrex import norm_from_detrex
 from .feature_backbone import FeatureBackbone
@@ -96,13 +96,16 @@ class TimmBackbone(FeatureBackbone):
         if output_stride not in (None, 8, 16, 32):
             raise ValueError(f"output_stride={output_stride!r} is unknown: valid are 8, 16, 32")
         kwargs = plain_dict(model_kwargs)
+        check_model_kwargs(kwargs, ("model_name", "in_channels"))
         if drop_path_rate is not None:
             kwargs["drop_path_rate"] = drop_path_rate
         for key, value in (("img_size", img_size), ("patch_size", patch_size)):
             if value is not None:
                 whole_number(key, value)
                 kwargs[key] = value
-        source = TimmSource(model_name, in_channels, output_stride=output_stride, **kwargs)
+        if output_stride is not None:
+            kwargs["output_stride"] = output_stride
+        source = TimmSource(model_name, in_channels, **kwargs)
         if layers is not None:
             levels = source.levels_by_module(layers)
         elif out_indices is not None:

@@ -71,6 +71,11 @@ class TimmSource(Source):
         return timm.list_models()
 
     @classmethod
+    def has(cls, model_name: str) -> bool:
+        """As for any source; timm still builds models by names that it lists no more."""
+        return timm.is_model(model_name)
+
+    @classmethod
     def find(cls, pattern: str | Sequence[str] = "*", pretrained: bool = False) -> list[str]:
         """As for any source, in timm's order, and with their tags if they are to be pretrained."""
         return timm.list_models(pattern or "*", pretrained=pretrained)

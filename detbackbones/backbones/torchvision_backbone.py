@@ -7,7 +7,7 @@ from detectron2.config import CfgNode, configurable
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, Backbone
 
-from ..config import plain_dict
+from ..config import check_model_kwargs, plain_dict
 from ..measure.levels import select_levels
 from ..messages import first_line, one_of, whole_number
 from .feature_backbone import FeatureBackbone
@@ -81,6 +81,7 @@ class TorchvisionBackbone(FeatureBackbone):
         if layers is not None and (given := [k for k, v in others.items() if v is not None]):
             raise ValueError(f"layers={layers} and {given[0]} were given together: use one")
         kwargs = plain_dict(model_kwargs)
+        check_model_kwargs(kwargs, ("model_name", "weights"))
         if drop_path_rate is not None:
             kwargs["drop_path_rate"] = drop_path_rate
         if img_size is not None:

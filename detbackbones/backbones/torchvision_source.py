@@ -2,7 +2,6 @@
 
 import warnings
 from collections.abc import Sequence
-from contextlib import nullcontext
 from functools import cached_property
 from typing import Any
 
@@ -10,20 +9,23 @@ import torch
 import torchvision
 from torch import nn
 from torchvision.models import VisionTransformer, WeightsEnum
+from torchvision.ops import StochasticDepth
 
 from ..downloads import downloading
 from ..measure.meta import NumbersOnCPU
 from ..measure.sizes import ANY_SIZE, SizeRule
 from ..messages import first_line, nearest, one_of
 from .source import Source
-from .torchvision_graph import extractor_of, find_level_nodes, switch_off_dropout
+from .torchvision_graph import extractor_of, find_level_nodes, graph_nodes, switch_off_dropout
 from .torchvision_vit import VisionTransformerFeatures
 
-TOKENS = "encoder"  # what the one level of a ViT is called by
+TOKENS = "tokens"  # what the one level of a ViT is called by, which is no node of its graph
 
 
 class TorchvisionSource(Source):
     """A classification model of torchvision; its levels are called by the nodes of its graph."""
+
+    by_name = "return_nodes"
 
     def __init__(self, model_name: str, *, weights: Any = None, **kwargs: Any):
         """
@@ -46,8 +48,7 @@ class TorchvisionSource(Source):
         self.kwargs = kwargs
         if "img_size" in kwargs:
             self.kwargs |= self._for_size(kwargs.pop("img_size"))
-        if "drop_path_rate" in kwargs:
-            self.kwargs["stochastic_depth_prob"] = kwargs.pop("drop_path_rate")
+        self._drop_path_rate = kwargs.pop("drop_path_rate", None)
         self._weights: WeightsEnum | None = None
         if weights is not None:
             enum = torchvision.models.get_model_weights(model_name)
@@ -108,20 +109,46 @@ class TorchvisionSource(Source):
         except ValueError as error:
             raise self._refused(error) from error
 
+    @classmethod
+    def graph_nodes(cls, model: nn.Module, size: tuple[int, int]) -> dict[str, tuple[str, str]]:
+        """What ``return_nodes`` can name."""
+        return graph_nodes(model, size)
+
     def create(self, pretrained: bool = False) -> nn.Module:
         """The classification model, with ``weights`` if it is to be pretrained."""
-        on_meta = torch.get_default_device().type == "meta"
-        numbers = NumbersOnCPU() if on_meta else nullcontext()
-        with downloading(self.model_name), numbers, warnings.catch_warnings():
+        weights = self._weights if pretrained else None
+        with downloading(self.model_name), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*initialization of .* will be changed")
             try:
-                return torchvision.models.get_model(
-                    self.model_name, weights=self._weights if pretrained else None, **self.kwargs
-                )
+                model = self._get_model(weights)
             except (AssertionError, TypeError, ValueError) as error:
                 raise ValueError(
                     f"model_name={self.model_name!r} cannot be built: {first_line(error)}"
                 ) from error
+        if self._drop_path_rate is not None:
+            self._set_drop_path_rate(model, self._drop_path_rate)
+        return model
+
+    def _get_model(self, weights: WeightsEnum | None) -> nn.Module:
+        try:
+            return torchvision.models.get_model(self.model_name, weights=weights, **self.kwargs)
+        except RuntimeError:
+            if torch.get_default_device().type != "meta":
+                raise
+            with NumbersOnCPU():  # RegNets read numbers back
+                return torchvision.models.get_model(self.model_name, **self.kwargs)
+
+    def _set_drop_path_rate(self, model: nn.Module, rate: float) -> None:
+        """Scale the model's own schedule of stochastic depth, such that ``rate`` is its largest."""
+        modules = [module for module in model.modules() if isinstance(module, StochasticDepth)]
+        if not modules:
+            raise ValueError(
+                f"drop_path_rate={rate} must be left out for {self.model_name}, which has no "
+                "stochastic depth"
+            )
+        largest = max(module.p for module in modules)
+        for module in modules:
+            module.p *= rate / largest
 
     def extractor(self, model: nn.Module, keys: Sequence[str]) -> nn.Module:
         """torchvision's own extractor, or for a ViT's tokens one that takes images of any size."""

@@ -59,7 +59,7 @@ class Facts:
 @functools.cache
 def facts(source: str) -> dict[str, Facts]:
     """Facts of the architectures of a source, by name, for the versions in the data file."""
-    rows = json.loads(DATA.read_text())["models"][source]
+    rows = json.loads(DATA.read_text())["models"].get(source, {})
     return {name: Facts(source, *row) for name, row in rows.items()}
 
 

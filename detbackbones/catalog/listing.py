@@ -89,10 +89,11 @@ def get_model_source(model_name: str) -> ModelSource:
     if timm_name(model_name).startswith("hf-hub:"):
         return ModelSource.HF_HUB
     name = model_name.partition(".")[0]
-    every = {source: kind.source_class.names() for source, kind in BACKBONES.items()}
-    one_of("model_name", name, dict.fromkeys(n for names in every.values() for n in names))
-    # resnet50 is a name of both: create_backbone creates timm's, which comes first
-    return ModelSource(next(source for source, names in every.items() if name in names))
+    for source, kind in BACKBONES.items():  # resnet50 is of both: create_backbone creates timm's
+        if kind.source_class.has(name):
+            return ModelSource(source)
+    every = [kind.source_class.names() for kind in BACKBONES.values()]
+    one_of("model_name", name, dict.fromkeys(n for names in every for n in names))
 
 
 def list_hf_hub_backbones(

@@ -33,6 +33,7 @@ from typing import Any
 from tabulate import tabulate
 from tqdm import tqdm
 
+from ..backbones import BACKBONES
 from ..testing.contract import SUBJECTS, failures, new_row
 from ..testing.page import page
 from ..testing.run import run_contract
@@ -88,7 +89,7 @@ def _number(kind: type) -> Callable[[str], float]:
 
 def parse_args(words: Sequence[str] | None) -> argparse.Namespace:
     parser = new_parser("conformance", __doc__)
-    parser.add_argument("--source", choices=("timm", "torchvision"), help="default: both")
+    parser.add_argument("--source", choices=list(BACKBONES), help="default: all")
     parser.add_argument("--pattern", default="*", help="names of models; default: '%(default)s'")
     parser.add_argument("--jobs", type=_number(int), default=2, help="default: %(default)s")
     parser.add_argument("--output", type=Path, help="file for the report, a line of JSON a model")
@@ -124,7 +125,7 @@ def parse_args(words: Sequence[str] | None) -> argparse.Namespace:
 
 def main(words: Sequence[str] | None = None) -> None:
     args = parse_args(words)
-    sources = [args.source] if args.source else ["timm", "torchvision"]
+    sources = [args.source] if args.source else list(BACKBONES)
     todo = [
         (source, name)
         for source in (["raw"] if args.compare else sources)

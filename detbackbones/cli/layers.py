@@ -30,7 +30,6 @@ from tqdm import tqdm
 
 from ..backbones import BACKBONES
 from ..backbones.timm_source import TimmSource
-from ..backbones.torchvision_graph import graph_nodes
 from ..measure.stages import (
     Layer,
     deepest_layers,
@@ -41,7 +40,6 @@ from ..measure.stages import (
 from .program import checkout, fail, new_parser
 
 SIZE = 224
-ARGUMENT = {"timm": "layers", "torchvision": "return_nodes"}  # of the backbone
 PAGE = "docs/LAYERS.md"
 
 # The models of docs/LAYERS.md: these in full,
@@ -78,7 +76,8 @@ OTHERS = """
 def build(source: str, name: str, layers: Sequence[str]) -> Backbone:
     """The backbone of some layers of a model, on the meta device."""
     with torch.device("meta"):
-        return BACKBONES[source](name, **{ARGUMENT[source]: list(layers)})
+        kind = BACKBONES[source]
+        return kind(name, **{kind.source_class.by_name: list(layers)})
 
 
 def discover(
@@ -109,8 +108,7 @@ def discover(
                 with torch.device("meta"):
                     model = make()
                 layers = find_layers(model, (n, n))
-                nodes = graph_nodes(model, (n, n)) if source == "torchvision" else {}
-                return model, n, layers, nodes
+                return model, n, layers, kind.graph_nodes(model, (n, n))
             except ValueError as error:
                 failures.append(error)
     raise failures[0]
@@ -156,7 +154,7 @@ def report(source: str, name: str, size: int | None) -> str:
     try:
         if names:
             build(source, name, names)
-            parts.append(f"{ARGUMENT[source]}: {json.dumps(names)}")
+            parts.append(f"{BACKBONES[source].source_class.by_name}: {json.dumps(names)}")
     except ValueError as error:
         parts.append(f"not to be had as levels: {error}")
     return "\n\n".join(parts)

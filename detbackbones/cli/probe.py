@@ -22,7 +22,7 @@ from typing import Any
 
 from detectron2.config import instantiate
 
-from ..messages import one_of
+from ..messages import first_line, one_of
 from ..training.log import logging_to
 from ..training.probe import draw, label, list_heads, probe, probe_config, table
 from ..training.run import prepare_output
@@ -145,7 +145,7 @@ def main(words: Sequence[str] | None = None) -> None:
                 row |= probe(cfg, round(args.cache * 2**30))
             except Exception as error:  # the others may do better
                 logger.exception("%s on %s failed", head, label(row))
-                row["error"] = str(error).strip().partition("\n")[0] or type(error).__name__
+                row["error"] = first_line(error)
                 if isinstance(error, ConnectionError):
                     row["error"] += f"; here that is --models {model}=FILE or {model}=random"
             rows.append(row)

@@ -1,4 +1,4 @@
-"""Levels (feature maps) and how they are measured: one forward pass on the meta device."""
+"""Levels (feature maps): channels, stride and layout, and the names that they get."""
 
 import math
 from collections.abc import Sequence

@@ -1,11 +1,11 @@
 """Running and building modules on the meta device: without memory or arithmetic."""
 
 import io
-from contextlib import redirect_stderr
+from contextlib import nullcontext, redirect_stderr
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.overrides import TorchFunctionMode
 
 
@@ -32,7 +32,8 @@ def run_on_meta(module: nn.Module, state: dict[str, torch.Tensor], shape: tuple[
     """
     x = torch.empty(*shape, device="meta")
     # torch.fx prints the traceback of what fails, even where the failure is an answer
-    with torch.no_grad(), redirect_stderr(io.StringIO()):
+    graph = isinstance(module, fx.GraphModule)
+    with torch.no_grad(), redirect_stderr(io.StringIO()) if graph else nullcontext():
         return torch.func.functional_call(module, state, (x,), tie_weights=False)
 
 

@@ -140,10 +140,10 @@ class Trace:
 
     @cached_property
     def followed_by(self) -> dict[str, str]:
-        """Which submodules are directly followed by another one.
+        """Which submodules are directly followed by another one: ``{"conv1": "bn1"}``.
 
-        Name of each submodule without submodules that ran once and whose one output nothing but
-        the run of another submodule read, and the name of that other.
+        Of submodules without submodules that ran once: where what one gave was read in the run of
+        another and nowhere else, the names of the two.
         """
         count = Counter(run.name for run in self.runs)
         reads: dict[int, list[int]] = {}

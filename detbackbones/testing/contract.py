@@ -21,7 +21,8 @@ from ..backbones.pyramid import build_pyramid
 from ..backbones.source import Source
 from ..measure.levels import is_power_of_two
 from ..messages import first_line
-from .trial import PAIRS, SUBJECTS, Subject, Trial, flat, padded, pairs_for, some
+from .raw import flat
+from .trial import PAIRS, SUBJECTS, Subject, Trial, padded, pairs_for, some
 
 TOLERANCE = 1e-4  # largest difference, relative to the largest value
 
@@ -52,12 +53,12 @@ def check_sizes(trial: Trial) -> None:
     backbone = trial.backbone.eval()
     with torch.no_grad():
         for pair in pairs_for(backbone):
-            x = padded(backbone, pair)
+            x = padded(trial.source.in_channels, backbone, pair)
             trial.seen.append((x, backbone(x)))
         if pairs_for(backbone)[1] == list(PAIRS[1]):
             return
         try:
-            backbone(padded(backbone, PAIRS[1]))
+            backbone(padded(trial.source.in_channels, backbone, PAIRS[1]))
         except ValueError as error:
             if "img_size" not in str(error):
                 raise Violation(f"larger images are refused without img_size: {error}") from error
@@ -72,11 +73,11 @@ def check_larger(trial: Trial) -> None:
     side = native * math.ceil(max(map(max, PAIRS[1])) / native)
     try:
         larger = trial.on_meta(img_size=side).eval()
-    except (TypeError, ValueError):  # it cannot, or its source has no such argument
+    except ValueError:
         trial.row["size"] += " only"
         return
     for pair in PAIRS:
-        x = padded(larger, pair)
+        x = padded(trial.source.in_channels, larger, pair)
         compare_shapes(larger(x), larger, x)
     trial.row["size"] += " or img_size"
 
@@ -135,7 +136,7 @@ def check_neck(trial: Trial) -> None:
     found = {name: shape.stride for name, shape in neck.output_shape().items()}
     if found != {f"p{n}": 2**n for n in range(2, 7)}:
         raise Violation(f"the pyramid has the levels and strides {found}")
-    x = padded(neck, pairs_for(backbone)[0])
+    x = padded(trial.source.in_channels, neck, pairs_for(backbone)[0])
     with torch.no_grad():
         compare_shapes(neck(x), neck, x)
 
@@ -240,7 +241,7 @@ def check_batch_norm(trial: Trial) -> None:
     size = trial.image_size
     if trial.row["points"]["sizes"] == "ok":  # then smaller ones will do
         step = backbone.size_divisibility
-        size = (3, *2 * [step * math.ceil(128 / step)])
+        size = (trial.source.in_channels, *2 * [step * math.ceil(128 / step)])
     for _ in range(3):
         optimizer.zero_grad()
         outputs = backbone.train()(torch.randn(2, *size))

@@ -1,5 +1,6 @@
-"""RawBackbone: what the contract makes of timm's own feature extractor."""
+"""timm's own feature extractors, as they come: something to compare with."""
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -7,6 +8,7 @@ import timm
 import torch
 from detectron2.layers import FrozenBatchNorm2d
 from detectron2.modeling import Backbone
+from torch import nn
 
 
 class RawBackbone(Backbone):
@@ -44,3 +46,27 @@ class RawBackbone(Backbone):
     def load_source(self, state: dict[str, torch.Tensor]) -> tuple[int, list[str]]:
         missing = self.model.load_state_dict(state, strict=False).missing_keys
         return len(self.model.state_dict()) - len(missing), missing
+
+
+def extracted_maps(name: str, model: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
+    """The maps (N, C, H, W) that ``features_only=True`` gives for the weights of a model.
+
+    For most families that is another way to them than the one by which TimmBackbone has its levels.
+
+    Args:
+        name: of the model.
+        model: as timm creates it.
+        x: images (N, C, H, W).
+    """
+    extractor = timm.create_model(name, features_only=True).eval().to(x.dtype)
+    values = {flat(key): value for key, value in model.state_dict().items()}
+    own = extractor.state_dict()
+    extractor.load_state_dict({key: values[flat(key)] for key in own})
+    channels = extractor.feature_info.channels()
+    maps = extractor(x)
+    return [m if m.shape[1] == c else m.permute(0, 3, 1, 2) for m, c in zip(maps, channels)]
+
+
+def flat(key: str) -> str:
+    """A key of a state dict as it is called in every kind of extractor."""
+    return re.sub(r"^((model|body)\.)*", "", key).replace(".", "_")

@@ -1,7 +1,6 @@
 """A model under the contract: what is tried, with which images, and what it is compared with."""
 
 import math
-import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -17,7 +16,7 @@ from ..backbones import BACKBONES
 from ..backbones.feature_backbone import FeatureBackbone
 from ..backbones.source import Source
 from ..backbones.timm_source import TimmSource
-from .raw import RawBackbone
+from .raw import RawBackbone, extracted_maps
 
 # (height, width) of the images of two batches
 PAIRS = (((250, 333), (201, 300)), ((480, 640), (427, 500)))
@@ -46,7 +45,10 @@ class Subject:
             out_features: Sequence[str] | None = None,
             norm: str = "",
             fold: bool = True,
+            **others: Any,
         ) -> Backbone:
+            if others:
+                raise ValueError(f"{source.__name__} has no {', '.join(others)}")
             model = source(name)
             levels = model.levels_by_stride(out_features)
             return FeatureBackbone(model, levels, norm=norm, fold=fold)
@@ -99,7 +101,10 @@ class Trial:
         """The maps (N, C, H, W) in a model: those that it says it has, or what its modules give."""
         if self.any_map:
             return module_maps(model, x)
-        return model.forward_intermediates(x, intermediates_only=True, output_fmt="NCHW")
+        try:
+            return extracted_maps(self.name, model, x)
+        except Exception:  # not every model of timm has such an extractor
+            return model.forward_intermediates(x, intermediates_only=True, output_fmt="NCHW")
 
     @cached_property
     def reference(self) -> tuple[nn.Module, torch.Tensor, list[torch.Tensor]]:
@@ -159,9 +164,9 @@ def pairs_for(backbone: Backbone) -> list[list[tuple[int, int]]]:
     return [[(int(h * s), int(w * s)) for h, w in pair] for pair, s in zip(PAIRS, scales)]
 
 
-def padded(backbone: Backbone, sizes: Iterable[tuple[int, int]]) -> torch.Tensor:
+def padded(channels: int, backbone: Backbone, sizes: Iterable[tuple[int, int]]) -> torch.Tensor:
     """Images without values as detectron2's meta-architectures put them together."""
-    images = [torch.empty(3, *size, device="meta") for size in sizes]
+    images = [torch.empty(channels, *size, device="meta") for size in sizes]
     return ImageList.from_tensors(
         images, backbone.size_divisibility, padding_constraints=backbone.padding_constraints
     ).tensor
@@ -170,8 +175,3 @@ def padded(backbone: Backbone, sizes: Iterable[tuple[int, int]]) -> torch.Tensor
 def some(names: Sequence[str]) -> str:
     """The first three names, and how many more there are."""
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
-
-def flat(key: str) -> str:
-    """A key of a state dict as it is called in every kind of extractor."""
-    return re.sub(r"^((model|body)\.)*", "", key).replace(".", "_")

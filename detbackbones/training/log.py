@@ -23,6 +23,7 @@ def logging_to(folder: str) -> Iterator[None]:
     wrong images, which detectron2 would log before the error is raised.
     """
     rank = comm.get_rank()
+    os.makedirs(folder, exist_ok=True)  # another machine has none yet
     file = logging.FileHandler(os.path.join(folder, f"log.txt.rank{rank}" if rank else "log.txt"))
     file.setFormatter(logging.Formatter(FORMAT, "%m/%d %H:%M:%S"))
     loop = logging.getLogger("detectron2.engine.train_loop")

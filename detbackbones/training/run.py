@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..config import get_config, without_weights
 from ..messages import one_of
-from ..weights import read_state_dict
+from ..weights import fitting, read_state_dict, unloaded
 from .checkpoint import Checkpointer, load_init_checkpoint
 from .curves import draw_curves
 from .log import logging_to
@@ -58,7 +58,9 @@ def train(cfg: DictConfig, *, resume: bool = False, overwrite: bool = False) -> 
         ValueError, OSError, ImportError: if a setting, a file or the data is wrong.
     """
     cfg = check_config(cfg)
-    prepare_output(cfg, resume=resume, overwrite=overwrite)
+    if comm.is_main_process():
+        prepare_output(cfg, resume=resume, overwrite=overwrite)
+    comm.synchronize()
     with logging_to(cfg.train.output_dir):
         return fit(prepare(cfg, resume=resume))
 
@@ -66,7 +68,15 @@ def train(cfg: DictConfig, *, resume: bool = False, overwrite: bool = False) -> 
 def evaluate(cfg: DictConfig) -> Results:
     """Evaluate ``train.init_checkpoint``, or else the last checkpoint in ``train.output_dir``.
 
-    Args, Returns, Raises: as of :func:`train`.
+    Args:
+        cfg: as of :func:`train`.
+
+    Returns:
+        as :func:`train`.
+
+    Raises:
+        FileNotFoundError: if there is no checkpoint.
+        ValueError, OSError, ImportError: if a setting, a file or the data is wrong.
     """
     cfg = check_config(cfg)
     folder, init = cfg.train.output_dir, cfg.train.init_checkpoint
@@ -238,8 +248,7 @@ def load_weights(cfg: DictConfig, checkpointer: Checkpointer, *, last: bool) -> 
 def check_fit(model: nn.Module, file: str) -> None:
     """Refuse a checkpoint that leaves weights of the model as they were drawn."""
     own, state = model.state_dict(), read_state_dict(file)
-    wrong = [k for k, v in own.items() if k not in state or state[k].shape != v.shape]
-    wrong = [k for k in wrong if not k.endswith("num_batches_tracked")]
+    wrong = unloaded(own, fitting(state, own))
     if wrong:
         raise ValueError(
             f"checkpoint {file!r} is not of this model: {len(wrong)} of the model's {len(own)} "

@@ -30,9 +30,9 @@ class Shared(nn.Module):
 
 # One of each kind of extractor, with dropout, stochastic depth and batch norm as they come.
 BACKBONES = {
-    "FeatureListNet": lambda **kw: TimmBackbone("resnet18", drop_path_rate=0.5, **kw),
-    "EfficientNetFeatures": lambda **kw: TimmBackbone("efficientnet_b0", drop_path_rate=0.5, **kw),
-    "FeatureGetterNet": lambda **kw: TimmBackbone(
+    "resnet18": lambda **kw: TimmBackbone("resnet18", drop_path_rate=0.5, **kw),
+    "efficientnet_b0": lambda **kw: TimmBackbone("efficientnet_b0", drop_path_rate=0.5, **kw),
+    "ViT": lambda **kw: TimmBackbone(
         "vit_tiny_patch16_224",
         drop_path_rate=0.5,
         model_kwargs={"proj_drop_rate": 0.2},
@@ -97,7 +97,7 @@ def test_a_step_is_the_same(name, frozen):
     assert saved_bytes(lambda x: plan.run(other, x), other, x) < 0.9 * saved_bytes(other, other, x)
 
 
-@pytest.mark.parametrize("name", ["FeatureListNet", "graph", "torchvision ViT"])
+@pytest.mark.parametrize("name", ["resnet18", "graph", "torchvision ViT"])
 def test_nothing_is_repeated_without_need(name):
     extractor = BACKBONES[name]().train().extractor
     plan = Checkpoints(extractor, record(extractor, size=(64, 64)))
@@ -131,7 +131,7 @@ def test_memory(backbone, most):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["FeatureListNet", "graph"])
+@pytest.mark.parametrize("name", ["resnet18", "graph"])
 def test_compiled_in_mixed_precision(name):
     extractor = freeze_batch_norm(BACKBONES[name]().train().extractor)
     plan = Checkpoints(extractor, record(extractor, size=(64, 64)))

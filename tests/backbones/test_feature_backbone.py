@@ -358,6 +358,28 @@ def test_gradient_checkpointing_of_a_folded_backbone(kind, name):
         assert torch.equal(gradient, checkpointed[key]), key
 
 
+@pytest.mark.parametrize(
+    "kind, name, arguments",
+    [
+        (TimmBackbone, "efficientnet_b0", {"norm": "FrozenBN"}),
+        (TimmBackbone, "mobilenetv3_small_100", {"norm": "FrozenBN", "freeze_at": 1}),
+        (TorchvisionBackbone, "vgg11_bn", {"norm": "FrozenBN"}),
+        (TorchvisionBackbone, "vgg11_bn", {"freeze_at": 2}),
+        (TorchvisionBackbone, "mnasnet0_5", {"norm": "FrozenBN"}),
+    ],
+)
+def test_gradient_checkpointing_of_activations_in_place_after_folded_norms(kind, name, arguments):
+    gradients = []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        backbone = kind(name, grad_checkpointing=checkpointing, **arguments).train()
+        torch.manual_seed(1)
+        sum(m.square().mean() for m in backbone(images(2, 3, 64, 64)).values()).backward()
+        gradients.append([p.grad for p in backbone.parameters() if p.requires_grad])
+    assert gradients[0]
+    torch.testing.assert_close(gradients[1], gradients[0])
+
+
 def run_and_count(backbone, x):
     """The levels, and how many tensors are saved for the backward pass."""
     kept = []

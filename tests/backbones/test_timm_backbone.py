@@ -228,6 +228,8 @@ def test_later_stages_are_not_built_and_all_that_is_learns(name):
 
 
 def test_output_stride():
+    dilated = TimmBackbone("resnet18", model_kwargs={"output_stride": 16})
+    assert dilated.output_shape()["res5"].stride == 16
     shapes = TimmBackbone("resnet18", output_stride=16).output_shape()
     assert {n: s.stride for n, s in shapes.items()} == {
         "res2": 4,
@@ -305,6 +307,7 @@ WRONG = [
     ({"output_stride": 5}, "output_stride=5 is unknown: valid are 8, 16, 32"),
     ({"model_name": "vgg11", "output_stride": 16}, "'vgg11' cannot be built: .*output_stride"),
     ({"model_name": "vgg11", "drop_path_rate": 0.1}, "'vgg11' cannot be built: .*drop_path_rate"),
+    ({"model_kwargs": {"in_channels": 4}}, "model_kwargs=.* must not have 'in_channels'"),
     ({"model_kwargs": {"nope": 1}}, "model_name='resnet18' cannot be built: .*'nope'"),
 ]
 

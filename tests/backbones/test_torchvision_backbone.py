@@ -162,10 +162,17 @@ def test_layers_and_checkpoint_path(tmp_path):
 
 
 def test_drop_path_rate():
-    backbone = TorchvisionBackbone("convnext_tiny", drop_path_rate=0.3)
-    rates = [m.p for m in backbone.modules() if isinstance(m, torchvision.ops.StochasticDepth)]
-    assert max(rates) == pytest.approx(0.3) and min(rates) == 0
-    with pytest.raises(ValueError, match="'resnet18' cannot be built: .*stochastic_depth_prob"):
+    for name in ("convnext_tiny", "swin_t", "efficientnet_b0"):
+        with torch.device("meta"):
+            kinds = [TorchvisionBackbone(name), TorchvisionBackbone(name, drop_path_rate=0.3)]
+            kinds.append(kinds[1].source.create())
+        own, scaled, whole = (
+            [m.p for m in model.modules() if isinstance(m, torchvision.ops.StochasticDepth)]
+            for model in kinds
+        )
+        assert max(whole) == pytest.approx(0.3)
+        assert [b / max(scaled) for b in scaled] == pytest.approx([a / max(own) for a in own])
+    with pytest.raises(ValueError, match="drop_path_rate=0.3 must be left out for resnet18"):
         TorchvisionBackbone("resnet18", drop_path_rate=0.3)
 
 
@@ -202,6 +209,8 @@ WRONG = [
     ({"layers": ["layer2"], "return_nodes": ["layer3"]}, "layers=.* and return_nodes were given"),
     ({"layers": ["layr2"]}, "layers='layr2' is unknown: the nearest are 'layer2'"),
     ({"pretrained": "yes"}, "pretrained='yes' is unknown: valid are True, False"),
+    ({"model_kwargs": {"weights": "DEFAULT"}}, "model_kwargs=.* must not have 'weights'"),
+    ({"return_nodes": ["encoder"], "model_name": "vit_b_16"}, "return_nodes=.* cannot be levels"),
     ({"model_kwargs": {"nope": 1}}, "model_name='resnet18' cannot be built: .*'nope'"),
 ]
 

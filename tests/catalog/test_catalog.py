@@ -176,6 +176,10 @@ def test_what_is_wrong_is_refused_with_a_sentence(call, message):
         call()
 
 
+def test_names_that_timm_does_not_list_any_more():
+    assert at.get_model_source("convnext_tiny_in22ft1k") == ModelSource.TIMM
+
+
 def test_lists_without_filters_are_those_of_the_libraries():
     names = at.list_backbones()
     assert names == timm.list_models()

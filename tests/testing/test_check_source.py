@@ -54,6 +54,21 @@ def test_a_backbone_of_a_third_source():
     assert pyramid(images(1, 3, 64, 96))["p3"].shape == (1, 8, 8, 12)
 
 
+class Grey(TransformersSource):
+    """Takes images of one channel."""
+
+    def __init__(self, model_name):
+        super().__init__(model_name, in_channels=1)
+
+    def create(self, pretrained=False):
+        sizes = {"hidden_sizes": [16, 24, 32, 40], "depths": [1, 1, 2, 1], "num_channels": 1}
+        return AutoModel.from_config(AutoConfig.for_model(self.model_name, **sizes))
+
+
+def test_a_source_of_other_channels():
+    assert set(check_source(Grey, "regnet")["points"].values()) == {"ok"}
+
+
 class Forgetful(TransformersSource):
     """Says that the checkpoint has other names than it has."""
 

@@ -17,7 +17,8 @@ import torchvision
 from detbackbones import TimmBackbone, TorchvisionBackbone
 from detbackbones.measure.levels import output_list
 from detbackbones.testing.contract import TOLERANCE
-from detbackbones.testing.trial import flat, randomise
+from detbackbones.testing.raw import flat
+from detbackbones.testing.trial import randomise
 from detectron2.modeling.backbone.resnet import BasicStem, ResNet
 from timm.layers import freeze_batch_norm_2d
 from torch import nn
