@@ -106,7 +106,7 @@ def export_backbone(checkpoint: str, output: str) -> int:
         raise FileExistsError(f"output {output!r} exists: choose another name or remove it")
     state = backbone_state_dict(read_state_dict(checkpoint))
     if not state:
-        raise ValueError(f"checkpoint {checkpoint!r} has no tensors under 'backbone...model.'")
+        raise ValueError(f"checkpoint {checkpoint!r} has no tensors under 'backbone'")
     state = {key: value.contiguous() for key, value in state.items()}
     with replacing(output) as temporary:
         save_file(state, temporary) if output.endswith(".safetensors") else torch.save(

@@ -223,7 +223,7 @@ def test_export_backbone(suffix, tmp_path):
 
 def test_export_without_a_backbone(tmp_path):
     torch.save(STATE, tmp_path / "c.pth")
-    with pytest.raises(ValueError, match="has no tensors under backbone"):
+    with pytest.raises(ValueError, match="has no tensors under 'backbone'"):
         export_backbone(str(tmp_path / "c.pth"), str(tmp_path / "out.pth"))
     assert not (tmp_path / "out.pth").exists()
 
