@@ -10,7 +10,15 @@ _INSTEAD = "give checkpoint_path= a file, train.init_checkpoint= a file, or pret
 
 @contextlib.contextmanager
 def downloading(model_name: str, advice: str = _INSTEAD) -> Iterator[None]:
-    """Turn the many errors of a failed download into one sentence, with what to do instead."""
+    """Turn the many errors of a failed download into one sentence.
+
+    Args:
+        model_name: what is downloaded.
+        advice: what the user can do instead, the end of the sentence.
+
+    Raises:
+        ConnectionError: if what is done within fails for want of a network; other errors pass.
+    """
     try:
         yield
     except Exception as error:

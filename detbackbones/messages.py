@@ -1,6 +1,6 @@
 """The sentence that answers wrong input: the parameter, the value, what would be valid."""
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from difflib import get_close_matches
 
 
@@ -38,3 +38,9 @@ def one_of(parameter: str, value: object, valid: Iterable[str], hint: str = "") 
     valid = list(valid)
     if value not in valid:
         raise ValueError(f"{parameter}={value!r} is unknown: {nearest(value, valid)}{hint}")
+
+
+def few(items: Collection) -> str:
+    """The first ten of some values, for a message."""
+    shown = [repr(item) for item in items][:10]
+    return ", ".join(shown) + (", ..." if len(items) > len(shown) else "")

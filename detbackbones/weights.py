@@ -117,7 +117,11 @@ def export_backbone(checkpoint: str, output: str) -> int:
 
 @contextlib.contextmanager
 def replacing(path: str) -> Iterator[str]:
-    """A temporary name beside ``path`` that becomes it when all is written."""
+    """A temporary name beside a file that becomes the file when all is written.
+
+    Args:
+        path: of the file; it is as before if what is done within fails.
+    """
     temporary = f"{path}.tmp"
     try:
         yield temporary

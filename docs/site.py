@@ -10,11 +10,13 @@ from mkdocs.structure.files import File, Files
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add all-models.html, as `detbackbones list --html` writes it."""
+    """Add all-models.html, as `detbackbones list --html` writes it, with a way back."""
     with tempfile.TemporaryDirectory() as folder:
         page = Path(folder, "page.html")
         main(["list", "--html", str(page)])
-        files.append(File.generated(config, "all-models.html", content=page.read_text()))
+        back = f'<body>\n<a href="index.html">{config.site_name}</a>'
+        html = page.read_text().replace("<body>", back)
+        files.append(File.generated(config, "all-models.html", content=html))
     return files
 
 

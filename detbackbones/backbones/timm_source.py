@@ -211,6 +211,11 @@ class TimmSource(Source):
 def create_model(model_name: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """``timm.create_model`` on torch's current device, with errors of one sentence.
 
+    Args:
+        model_name: as timm takes it, with or without a tag, or ``hf-hub:...`` or ``local-dir:...``.
+        pretrained: with pretrained weights.
+        kwargs: further arguments of ``timm.create_model``.
+
     Raises:
         ValueError: if there is no such model, or it refuses its arguments.
         ConnectionError: if pretrained weights cannot be downloaded.

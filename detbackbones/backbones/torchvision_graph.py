@@ -128,6 +128,11 @@ def check_nodes(
 ) -> dict[str, str]:
     """``return_nodes`` as a dictionary in the order of execution.
 
+    Args:
+        return_nodes: nodes of the graph or modules, to their names in the output, if they have
+            others there.
+        model: the whole model.
+
     Raises:
         ValueError: if a node does not exist, or a name is given twice.
     """

@@ -12,7 +12,8 @@ from collections.abc import Sequence
 
 from omegaconf import DictConfig
 
-from ..training.log import DATA_ERRORS, logging_to
+from ..data.mapper import DATA_ERRORS
+from ..training.log import logging_to
 from ..training.run import fit, prepare, prepare_output
 from . import eval as evaluation
 from .launch import WRONG_INPUT, add_arguments, start

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from detectron2.data.datasets import load_coco_json
 
-from ..messages import first_line, one_of
-from .files import existing, few
+from ..messages import few, first_line, one_of
+from .files import existing
 from .registry import dataset_name, is_registered, register
 
 _COCO_KEYS = {

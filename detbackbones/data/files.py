@@ -1,7 +1,7 @@
 """Checks of a user's files, and what their messages say."""
 
 import os
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from pathlib import Path
 
 from ..messages import nearest
@@ -30,9 +30,3 @@ def existing(parameter: str, path: str, exists: Callable[[str], bool], what: str
             f"{parameter}={path!r} must be {what}, but does not exist: in '{folder}' {near}"
         )
     return Path(path).resolve()
-
-
-def few(items: Collection) -> str:
-    """The first ten of some values, for a message."""
-    shown = [repr(item) for item in items][:10]
-    return ", ".join(shown) + (", ..." if len(items) > len(shown) else "")

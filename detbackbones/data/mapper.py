@@ -6,6 +6,8 @@ from PIL import Image
 
 from ..messages import first_line
 
+DATA_ERRORS = (OSError, SizeMismatchError)  # wrong images, which are read while training
+
 
 class CheckedDatasetMapper(DatasetMapper):
     """detectron2's ``DatasetMapper``, with errors that name the file that could not be read.

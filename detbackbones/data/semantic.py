@@ -11,8 +11,8 @@ import numpy as np
 from detectron2.evaluation import COCOPanopticEvaluator, SemSegEvaluator
 from PIL import Image
 
-from ..messages import first_line
-from .files import existing, few
+from ..messages import few, first_line
+from .files import existing
 from .registry import dataset_name, is_registered, register
 
 IGNORE_LABEL = 255  # of the pixels of a label map that are in no class, as in detectron2

@@ -103,8 +103,9 @@ def load_pretrained(model: "PreTrainedModel", backbone: Backbone, name: str) -> 
 
     encoder = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
     own_backbone = _timm_backbone(backbone)
+    wanted = timm_backbone_name(source.config.backbone_config)
     loaded = 0
-    if own_backbone and _name(own_backbone.model_name) == timm_name(source.config.backbone_config):
+    if own_backbone and _name(own_backbone.model_name) == wanted:
         loaded = _load_backbone(own_backbone, timm_keys(encoder))
     report = f"loaded {len(fit)} of the detector's {len(own)} tensors from {name}"
     if left:
@@ -127,7 +128,7 @@ def timm_keys(encoder: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return state
 
 
-def timm_name(config: "PreTrainedConfig") -> str | None:
+def timm_backbone_name(config: "PreTrainedConfig") -> str | None:
     """What timm calls the backbone of a configuration; None for what timm has not."""
     if config.model_type == "timm_backbone":
         return _name(config.backbone)

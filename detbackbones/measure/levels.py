@@ -118,10 +118,12 @@ def last_of_each_stride(levels: list[Level]) -> dict[str, int]:
 def select_levels(
     out_features: Sequence[str] | None, valid: Sequence[str], parameter: str = "out_features"
 ) -> list[str]:
-    """The levels to output: those of ``out_features``, in the order of ``valid``.
+    """The levels to output, in the order of ``valid``.
 
-    Without ``out_features``, the levels of strides 4 to 32 (``res2`` to ``res5``). ``parameter`` is
-    what the user knows them as.
+    Args:
+        out_features: their names; None for those of strides 4 to 32 (``res2`` to ``res5``).
+        valid: the names of all levels of the model, fine to coarse.
+        parameter: what the user knows ``out_features`` as.
 
     Raises:
         ValueError: if a name is unknown or given twice, or the list is empty.

@@ -6,13 +6,13 @@ import os
 import warnings
 from collections.abc import Iterator
 
-from detectron2.data.detection_utils import SizeMismatchError
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
+from ..data.mapper import DATA_ERRORS
+
 LOGGERS = ("detbackbones", "detectron2", "fvcore")
 FORMAT = "[%(asctime)s] %(name)s %(levelname)s: %(message)s"
-DATA_ERRORS = (OSError, SizeMismatchError)  # wrong images, which are read while training
 
 
 @contextlib.contextmanager

@@ -129,6 +129,11 @@ def check_config(
 def prepare_output(cfg: DictConfig, *, resume: bool = False, overwrite: bool = False) -> None:
     """Make ``train.output_dir``; refuse one that holds another run unless asked.
 
+    Args:
+        cfg: the config.
+        resume: continue that run.
+        overwrite: delete the files of that run; other files of the folder stay.
+
     Raises:
         FileExistsError: if it does, and is neither to be continued nor replaced.
     """
@@ -229,10 +234,19 @@ def build_model(cfg: DictConfig, *, loads_all: bool) -> nn.Module:
 
 
 def load_weights(cfg: DictConfig, checkpointer: Checkpointer, *, last: bool) -> bool:
-    """Load the last checkpoint of the run (if ``last``), or else ``train.init_checkpoint``.
+    """Load the last checkpoint of the run, or else ``train.init_checkpoint`` where it is set.
+
+    Args:
+        cfg: the config.
+        checkpointer: of the model.
+        last: whether to look for a last checkpoint.
 
     Returns:
         whether it was the last checkpoint.
+
+    Raises:
+        FileNotFoundError: if ``train.init_checkpoint`` does not exist.
+        ValueError: if a checkpoint is damaged, or does not fit the model.
     """
     init = cfg.train.init_checkpoint
     if last and checkpointer.has_checkpoint():
@@ -246,7 +260,11 @@ def load_weights(cfg: DictConfig, checkpointer: Checkpointer, *, last: bool) -> 
 
 
 def check_fit(model: nn.Module, file: str) -> None:
-    """Refuse a checkpoint that leaves weights of the model as they were drawn."""
+    """Refuse a checkpoint that leaves weights of the model as they were drawn.
+
+    Raises:
+        ValueError: if a tensor of the model is missing in the file or has another shape there.
+    """
     own, state = model.state_dict(), read_state_dict(file)
     wrong = unloaded(own, fitting(state, own))
     if wrong:

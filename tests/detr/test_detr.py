@@ -16,7 +16,7 @@ from detbackbones import (
 )
 from detbackbones.detr.architectures import ARCHITECTURES, encoder_name
 from detbackbones.detr.detector import images_and_mask
-from detbackbones.detr.pretrained import timm_keys, timm_name
+from detbackbones.detr.pretrained import timm_backbone_name, timm_keys
 from detectron2.config import get_cfg
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
@@ -366,9 +366,9 @@ def test_a_resnet_of_rt_detr_is_loaded_into_timms():
     ours = TimmBackbone("resnet26d", out_features=["res3", "res4", "res5"]).eval()
     loaded, wanting = ours.load_source(timm_keys(theirs.state_dict()))
     assert not wanting and loaded == len(ours.state_dict())
-    assert timm_name(config) == "resnet26d"
-    assert timm_name(transformers.RTDetrResNetConfig(layer_type="basic")) is None
-    assert timm_name(TimmBackboneConfig(backbone="resnet18.a1_in1k")) == "resnet18"
+    assert timm_backbone_name(config) == "resnet26d"
+    assert timm_backbone_name(transformers.RTDetrResNetConfig(layer_type="basic")) is None
+    assert timm_backbone_name(TimmBackboneConfig(backbone="resnet18.a1_in1k")) == "resnet18"
     x = images(1, 3, 96, 128)
     with torch.no_grad():
         expected = theirs(x).feature_maps
