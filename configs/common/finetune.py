@@ -14,17 +14,29 @@ dataset = dict(
     train_images="",
     val_json="",
     val_images="",
+    classes=None,  # names of those to take; by default all that the training data have
+    channels=3,  # of the images; others than 1 and 3 are in TIFF or .npy files
+    max_value=None,  # what becomes 255, of images of more than 8 bits
+    verify=False,  # read all images before the training, to find those that are wrong
     train_sizes=[256, 288, 320],  # length of an image's shorter side in pixels, drawn from these
     val_size=288,
     max_size=640,  # of the longer side
 )
 
 dataloader.train.dataset.names = L(register_coco)(
-    json_file="${dataset.train_json}", image_root="${dataset.train_images}"
+    json_file="${dataset.train_json}",
+    image_root="${dataset.train_images}",
+    classes="${dataset.classes}",
 )
 dataloader.test.dataset.names = L(register_coco)(
-    json_file="${dataset.val_json}", image_root="${dataset.val_images}"
+    json_file="${dataset.val_json}",
+    image_root="${dataset.val_images}",
+    classes="${dataset.classes}",
+    like="${dataloader.train.dataset.names}",
 )
+for loader in (dataloader.train, dataloader.test):
+    loader.mapper.update(channels="${dataset.channels}", max_value="${dataset.max_value}")
+del loader  # or it would be a part of the config
 dataloader.train.mapper.augmentations[0].update(
     short_edge_length="${dataset.train_sizes}", max_size="${dataset.max_size}"
 )

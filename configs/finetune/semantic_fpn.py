@@ -7,7 +7,7 @@ from detectron2.config import LazyCall as L
 from ..common.finetune import dataloader, dataset, lr_multiplier, optimizer, train  # noqa: F401
 from ..common.models.semantic_fpn import model
 
-for key in ("train_json", "val_json"):
+for key in ("train_json", "val_json", "classes"):
     dataset.pop(key)
 dataset.update(train_labels="", val_labels="", num_classes=0)
 
@@ -24,4 +24,5 @@ dataloader.evaluator = L(sem_seg_evaluator)(dataset_name="${..test.dataset.names
 
 model.sem_seg_head.num_classes = "${dataset.num_classes}"
 model.backbone.out_channels = 128
-model.backbone.bottom_up.model_name = "resnet18"
+model.backbone.bottom_up.update(model_name="resnet18", in_channels="${dataset.channels}")
+model.pixel_mean.in_channels = model.pixel_std.in_channels = "${dataset.channels}"

@@ -19,8 +19,17 @@ def num_classes(dataset: str) -> int:
     Args:
         dataset: name of the dataset, such as ``register_coco`` returns.
 
-    Returns:
-        the number of thing classes.
+    Raises:
+        ValueError: if there is no such dataset, or it has no thing classes.
+    """
+    return len(class_names(dataset))
+
+
+def class_names(dataset: str) -> list[str]:
+    """The names of the thing classes of a registered dataset, in order.
+
+    Args:
+        dataset: name of the dataset.
 
     Raises:
         ValueError: if there is no such dataset, or it has no thing classes.
@@ -30,7 +39,7 @@ def num_classes(dataset: str) -> int:
         DatasetCatalog.get(dataset)  # detectron2's own registration sets the classes on loading
     if not hasattr(MetadataCatalog.get(dataset), "thing_classes"):
         raise ValueError(f"dataset={dataset!r} must have thing classes, as one for detection has")
-    return len(MetadataCatalog.get(dataset).thing_classes)
+    return list(MetadataCatalog.get(dataset).thing_classes)
 
 
 def dataset_name(path: Path, other: Path) -> str:

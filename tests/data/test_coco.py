@@ -104,61 +104,6 @@ def test_a_box_that_sticks_out_is_clipped_with_one_warning(folder, caplog, bbox,
     assert len(warnings) == 1 and "2 boxes" in warnings[0].getMessage()
 
 
-def change(section, **values):
-    def apply(data):
-        data[section][0].update(values)
-
-    return apply
-
-
-BAD_COCO = {
-    "no annotations": (lambda d: d["annotations"].clear(), r"annotations=\[\] must have at least"),
-    "no section": (lambda d: d.pop("images"), "must be a COCO file, with a list 'images'"),
-    "no key": (
-        lambda d: d["annotations"][1].pop("iscrowd"),
-        r"annotations\[1\] must have 'iscrowd'",
-    ),
-    "box outside": (
-        change("annotations", bbox=[40, 2, 5, 5]),
-        "annotation 1: bbox=.* must have an area inside its image, '1.png' of 40x30 pixels",
-    ),
-    "no area": (change("annotations", bbox=[4, 2, 0, 5]), "annotation 1: .* must have an area"),
-    "bbox of 3": (
-        change("annotations", bbox=[4, 2, 5]),
-        r"annotation 1: bbox=\[4, 2, 5\] must be \[x, y, width, height\]",
-    ),
-    "bbox of text": (
-        change("annotations", bbox=["4", 2, 5, 5]),
-        r"annotation 1: bbox=\['4', 2, 5, 5\] must be \[x",
-    ),
-    "bbox NaN": (
-        change("annotations", bbox=[float("nan"), 2, 5, 5]),
-        r"annotation 1: bbox=\[nan, 2, 5, 5\] must be \[x",
-    ),
-    "category": (
-        change("annotations", category_id=8),
-        "annotation 1: category_id=8 must be one of 3, 7$",
-    ),
-    "image id": (change("annotations", image_id=99), "annotation 1: image_id=99 must be"),
-    "ignore": (change("annotations", ignore=1), "annotation 1: ignore=1 must be left out"),
-    "duplicate annotation": (
-        change("annotations", id=2),
-        "annotations: id=2 must belong to one entry alone",
-    ),
-    "duplicate image": (change("images", id=2), "images: id=2 must belong to one entry alone"),
-    "image width": (change("images", width=0), "image 1: width=0 must be a number above 0"),
-}
-
-
-@pytest.mark.parametrize(("spoil", "message"), BAD_COCO.values(), ids=BAD_COCO)
-def test_wrong_coco_is_refused(folder, spoil, message):
-    data = coco()
-    spoil(data)
-    with pytest.raises(ValueError, match=message) as error:
-        register_coco(write(folder, data), str(folder / "images"))
-    assert "train.json" in str(error.value)
-
-
 POLYGON, RLE = [[1, 2, 11, 2, 11, 7]], {"size": [HEIGHT, WIDTH], "counts": [0, 1200]}
 
 
@@ -169,12 +114,10 @@ POLYGON, RLE = [[1, 2, 11, 2, 11, 7]], {"size": [HEIGHT, WIDTH], "counts": [0, 1
         ("polygon", {"segmentation": POLYGON}, None),
         ("bitmask", {"segmentation": RLE}, None),
         ("polygon", {"segmentation": RLE, "iscrowd": 1}, None),
-        ("polygon", {}, "annotation 1: segmentation=None must be a mask"),
-        ("bitmask", {"segmentation": []}, r"annotation 1: segmentation=\[\] must be a mask"),
         (
             "polygon",
             {"segmentation": RLE},
-            "annotation 1: segmentation must be polygons, and is RLE: for RLE set .*=bitmask",
+            "annotation 1: segmentation=.* must be polygons: for RLE set .*=bitmask",
         ),
         ("polygons", {"segmentation": POLYGON}, "mask_format='polygons' .* 'polygon', 'bitmask'"),
     ],
@@ -183,6 +126,7 @@ def test_masks_are_there_if_the_model_needs_them(folder, mask_format, masks, mes
     data = coco()
     for annotation in data["annotations"]:
         annotation.update(masks)
+    data["annotations"].append({**coco()["annotations"][0], "id": 3, "segmentation": POLYGON})
     json_file, images = write(folder, data), str(folder / "images")
     register_coco(json_file, images)  # without masks all is right
     if message is None:
@@ -190,19 +134,6 @@ def test_masks_are_there_if_the_model_needs_them(folder, mask_format, masks, mes
     else:
         with pytest.raises(ValueError, match=message):
             register_coco(json_file, images, mask_format)
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("{", "json_file='.*train.json' must be JSON: "),
-        ("", "json_file='.*train.json' must be JSON: "),
-        ("[1]", "json_file='.*train.json' must be a COCO file"),
-    ],
-)
-def test_a_file_that_is_not_coco_is_refused(folder, text, message):
-    with pytest.raises(ValueError, match=message):
-        register_coco(write(folder, text), str(folder / "images"))
 
 
 @pytest.mark.parametrize(
