@@ -44,6 +44,7 @@ setup(
         "numpy",
         "pillow",
         "safetensors",
+        "tifffile",
         # Below: what detectron2 needs, which `detbackbones install-detectron2` itself installs.
         "cloudpickle",
         "fvcore>=0.1.5,<0.1.6",

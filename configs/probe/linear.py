@@ -12,7 +12,8 @@ from ..finetune.semantic_fpn import (  # noqa: F401
 )
 
 model.sem_seg_head.num_classes = "${dataset.num_classes}"
-model.backbone.model_name = "resnet18"
+model.backbone.update(model_name="resnet18", in_channels="${dataset.channels}")
+model.pixel_mean.in_channels = model.pixel_std.in_channels = "${dataset.channels}"
 dataset.train_sizes = [288]  # one size: the features of an image can be used again
 optimizer.lr = 3e-2
 train.update(max_iter=500, eval_period=0)

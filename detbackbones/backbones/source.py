@@ -53,6 +53,22 @@ class Fit:
     trace: Trace
 
 
+def per_channel(values: Sequence[float], in_channels: int) -> list[float]:
+    """Values of the channels R, G and B, such as a mean, for images of other channels.
+
+    A model's first convolution is adapted as timm does it (``adapt_input_conv``): for one channel
+    its weights are added up, for more than three they are repeated. So one channel has the mean of
+    the three values, and more have them in turn.
+
+    Args:
+        values: of the channels that there are weights for.
+        in_channels: channels of the images.
+    """
+    if in_channels == 1:
+        return [sum(values) / len(values)]
+    return [values[i % len(values)] for i in range(in_channels)]
+
+
 class Source(ABC):
     """A model of a library: how it is built, and what its levels and parameters are called.
 

@@ -163,14 +163,19 @@ def _checked_indices(
     return indices
 
 
-def pixel_mean(model_name: str) -> list[float]:
-    """Mean of the images that a timm model was trained on, RGB, in the range 0 to 255."""
-    return TimmSource(model_name).pixel_mean
+def pixel_mean(model_name: str, in_channels: int = 3) -> list[float]:
+    """Mean of the images that a timm model was trained on, RGB, in the range 0 to 255.
+
+    Args:
+        model_name: as in ``timm.create_model``.
+        in_channels: channels of the images; see :func:`detbackbones.backbones.source.per_channel`.
+    """
+    return TimmSource(model_name, in_channels).pixel_mean
 
 
-def pixel_std(model_name: str) -> list[float]:
+def pixel_std(model_name: str, in_channels: int = 3) -> list[float]:
     """Standard deviation that goes with :func:`pixel_mean`."""
-    return TimmSource(model_name).pixel_std
+    return TimmSource(model_name, in_channels).pixel_std
 
 
 @BACKBONE_REGISTRY.register()

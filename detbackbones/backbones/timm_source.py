@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..downloads import downloading_from_hub
 from ..messages import first_line, nearest
-from .source import Source
+from .source import Source, per_channel
 
 logger = logging.getLogger(__name__)
 
@@ -153,13 +153,15 @@ class TimmSource(Source):
 
     @property
     def pixel_mean(self) -> list[float]:
-        """RGB, in the range 0 to 255."""
-        return [255 * value for value in self.model.pretrained_cfg["mean"]]
+        """RGB, in the range 0 to 255; for other channels see :func:`per_channel`."""
+        mean = [255 * value for value in self.model.pretrained_cfg["mean"]]
+        return per_channel(mean, self.in_channels)
 
     @property
     def pixel_std(self) -> list[float]:
         """Standard deviation that goes with :attr:`pixel_mean`."""
-        return [255 * value for value in self.model.pretrained_cfg["std"]]
+        std = [255 * value for value in self.model.pretrained_cfg["std"]]
+        return per_channel(std, self.in_channels)
 
     def convert(self, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """A checkpoint as timm converts it.

@@ -27,6 +27,7 @@ class TorchvisionBackbone(FeatureBackbone):
     def __init__(
         self,
         model_name: str,
+        in_channels: int = 3,
         *,
         weights: Any = None,
         pretrained: bool = False,
@@ -47,6 +48,7 @@ class TorchvisionBackbone(FeatureBackbone):
         """
         Args:
             model_name: a name of ``torchvision.models.list_models()``.
+            in_channels: channels of the input; weights of another number are adapted as timm does.
             weights: a name ("IMAGENET1K_V2", "DEFAULT") or value of the model's weights enum.
             pretrained: the same as ``weights="DEFAULT"``.
             checkpoint_path: a ``.pth``, ``.pt`` or ``.safetensors`` file of the classification
@@ -77,11 +79,12 @@ class TorchvisionBackbone(FeatureBackbone):
             ConnectionError: if pretrained weights cannot be downloaded.
         """
         one_of("pretrained", pretrained, (True, False))
+        whole_number("in_channels", in_channels)
         others = {"return_nodes": return_nodes, "out_features": out_features}
         if layers is not None and (given := [k for k, v in others.items() if v is not None]):
             raise ValueError(f"layers={layers} and {given[0]} were given together: use one")
         kwargs = plain_dict(model_kwargs)
-        check_model_kwargs(kwargs, ("model_name", "weights"))
+        check_model_kwargs(kwargs, ("model_name", "in_channels", "weights"))
         if drop_path_rate is not None:
             kwargs["drop_path_rate"] = drop_path_rate
         if img_size is not None:
@@ -89,7 +92,7 @@ class TorchvisionBackbone(FeatureBackbone):
             kwargs["img_size"] = img_size
         if pretrained and weights is None:
             weights = "DEFAULT"
-        source = TorchvisionSource(model_name, weights=weights, **kwargs)
+        source = TorchvisionSource(model_name, in_channels, weights=weights, **kwargs)
         if layers is not None:
             levels = source.levels_by_module(layers)
         elif return_nodes is None:

@@ -208,4 +208,10 @@ def _node_names(model: nn.Module) -> tuple[list[str], list[str]]:
 def _run(extractor: fx.GraphModule, mode: str, size: tuple[int, int]) -> dict[str, Any]:
     """The output of every node, in the order of execution, without memory or arithmetic."""
     extractor.train(mode == "train")
-    return run_on_meta(extractor, meta_state(extractor), (2, 3, *size))
+    channels = first_convolution(extractor)[1].in_channels
+    return run_on_meta(extractor, meta_state(extractor), (2, channels, *size))
+
+
+def first_convolution(model: nn.Module) -> tuple[str, nn.Conv2d]:
+    """The convolution that takes the images, and its name."""
+    return next((n, m) for n, m in model.named_modules() if isinstance(m, nn.Conv2d))

@@ -1,12 +1,14 @@
 """TorchvisionSource: torchvision's classification models as sources of backbones."""
 
+import copy
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
 import torch
 import torchvision
+from timm.models import adapt_input_conv
 from torch import nn
 from torchvision.models import VisionTransformer, WeightsEnum
 from torchvision.ops import StochasticDepth
@@ -15,8 +17,14 @@ from ..downloads import downloading
 from ..measure.meta import NumbersOnCPU
 from ..measure.sizes import ANY_SIZE, SizeRule
 from ..messages import first_line, nearest, one_of
-from .source import Source
-from .torchvision_graph import extractor_of, find_level_nodes, graph_nodes, switch_off_dropout
+from .source import Source, per_channel
+from .torchvision_graph import (
+    extractor_of,
+    find_level_nodes,
+    first_convolution,
+    graph_nodes,
+    switch_off_dropout,
+)
 from .torchvision_vit import VisionTransformerFeatures
 
 TOKENS = "tokens"  # what the one level of a ViT is called by, which is no node of its graph
@@ -27,10 +35,13 @@ class TorchvisionSource(Source):
 
     by_name = "return_nodes"
 
-    def __init__(self, model_name: str, *, weights: Any = None, **kwargs: Any):
+    def __init__(
+        self, model_name: str, in_channels: int = 3, *, weights: Any = None, **kwargs: Any
+    ):
         """
         Args:
             model_name: a name of ``torchvision.models.list_models()``.
+            in_channels: channels of the images.
             weights: a name or value of the model's weights enum: those that ``create`` loads.
             kwargs: further arguments for ``torchvision.models.get_model``; ``img_size`` is what a
                 ViT or MaxViT is built for, and ``drop_path_rate`` stochastic depth.
@@ -38,7 +49,7 @@ class TorchvisionSource(Source):
         Raises:
             ValueError: if there is no such model, or it has no such weights.
         """
-        super().__init__(model_name)
+        super().__init__(model_name, in_channels)
         names = self.names()
         if model_name not in names:
             raise ValueError(
@@ -127,6 +138,8 @@ class TorchvisionSource(Source):
                 ) from error
         if self._drop_path_rate is not None:
             self._set_drop_path_rate(model, self._drop_path_rate)
+        if self.in_channels != 3:
+            self._adapt_input(model)
         return model
 
     def _get_model(self, weights: WeightsEnum | None) -> nn.Module:
@@ -137,6 +150,28 @@ class TorchvisionSource(Source):
                 raise
             with NumbersOnCPU():  # RegNets read numbers back
                 return torchvision.models.get_model(self.model_name, **self.kwargs)
+
+    def _adapt_input(self, model: nn.Module) -> None:
+        """Give the first convolution other channels, as timm does it."""
+        if getattr(model, "transform_input", False):  # channel by channel
+            raise ValueError(
+                f"in_channels={self.in_channels} must be 3 for {self.model_name} with weights, "
+                "which it takes images of RGB with"
+            )
+        name, conv = first_convolution(model)
+        adapted = copy.copy(conv)
+        adapted._parameters = dict(conv._parameters)
+        adapted.in_channels = self.in_channels
+        weight = adapt_input_conv(self.in_channels, conv.weight.detach())
+        adapted.weight = nn.Parameter(weight.to(conv.weight.dtype))
+        model.set_submodule(name, adapted)
+
+    def convert(self, state: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+        """A checkpoint, its first convolution adapted to ``in_channels``."""
+        key = f"{first_convolution(self.model)[0]}.weight"
+        if key in state and state[key].shape[1] == 3 != self.in_channels:
+            state = {**state, key: adapt_input_conv(self.in_channels, state[key])}
+        return state
 
     def _set_drop_path_rate(self, model: nn.Module, rate: float) -> None:
         """Scale the model's own schedule of stochastic depth, such that ``rate`` is its largest."""
@@ -163,12 +198,12 @@ class TorchvisionSource(Source):
     @property
     def pixel_mean(self) -> list[float] | None:
         """That of the weights; without weights, the one that all the model's weights have."""
-        return self._pixels and self._pixels[:3]
+        return self._pixels and per_channel(self._pixels[:3], self.in_channels)
 
     @property
     def pixel_std(self) -> list[float] | None:
         """Standard deviation that goes with :attr:`pixel_mean`."""
-        return self._pixels and self._pixels[3:]
+        return self._pixels and per_channel(self._pixels[3:], self.in_channels)
 
     @cached_property
     def _pixels(self) -> list[float] | None:

@@ -2,22 +2,23 @@
 
 import glob
 import importlib.util
+import logging
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import numpy as np
 from detectron2.evaluation import COCOPanopticEvaluator, SemSegEvaluator
 from PIL import Image
 
 from ..messages import few, first_line
 from .files import existing
+from .images import SUFFIXES, image_size, read_label_map
 from .registry import dataset_name, is_registered, register
 
 IGNORE_LABEL = 255  # of the pixels of a label map that are in no class, as in detectron2
 
-_IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
+logger = logging.getLogger(__name__)
 
 
 def register_semantic(
@@ -30,7 +31,7 @@ def register_semantic(
     values.
 
     Args:
-        image_root: folder of jpg and png images, or a pattern such as ``images/train_*.jpg``.
+        image_root: folder of images, or a pattern such as ``images/train_*.jpg``.
         label_root: folder of the label maps, which may hold more than those of the images.
         num_classes: number of classes, 1 to 255.
         class_names: a name for each class; ``class_0``, ``class_1``, ... if not given.
@@ -66,7 +67,9 @@ def register_semantic(
 
     # Decoding releases the GIL, and is all the time there is.
     with ThreadPoolExecutor() as pool:
-        dicts = list(pool.map(lambda pair: _semantic_dict(*pair, num_classes), pairs))
+        read = list(pool.map(lambda pair: _semantic_dict(*pair, num_classes), pairs))
+    dicts = [record for record, _ in read]
+    _check_classes(label_root, names, {value for _, values in read for value in values})
     register(
         name,
         version,
@@ -78,22 +81,6 @@ def register_semantic(
         ignore_label=IGNORE_LABEL,
     )
     return name
-
-
-def read_label_map(file_name: str, dtype: type | None = None) -> np.ndarray:
-    """Read a label map for ``SemSegEvaluator(sem_seg_loading_fn=...)``.
-
-    detectron2's own default asks NumPy for no copy, which NumPy 2 refuses when it has to convert.
-
-    Args:
-        file_name: path of the label map.
-        dtype: type of the array's elements; that of the file if not given.
-
-    Returns:
-        the class of each pixel, of shape (H, W).
-    """
-    with Image.open(file_name) as image:
-        return np.array(image, dtype=dtype)
 
 
 def sem_seg_evaluator(dataset_name: str) -> SemSegEvaluator:
@@ -136,35 +123,51 @@ def _list_images(image_root: str) -> list[Path]:
     else:
         what = "the folder of the images or a pattern of them"
         files = existing("image_root", image_root, os.path.isdir, what).iterdir()
-    images = sorted(Path(f) for f in files if Path(f).suffix.lower() in _IMAGE_SUFFIXES)
+    images = sorted(Path(f) for f in files if Path(f).suffix.lower() in SUFFIXES)
     if not images:
         raise FileNotFoundError(
-            f"image_root={image_root!r} must have images with a suffix of "
-            + ", ".join(_IMAGE_SUFFIXES)
+            f"image_root={image_root!r} must have images with a suffix of " + ", ".join(SUFFIXES)
         )
     return images
 
 
-def _semantic_dict(image_file: Path, label_file: Path, num_classes: int) -> dict:
-    """The dataset dict of an image, whose label map is checked."""
+def _check_classes(label_root: str, names: Sequence[str], values: set[int]) -> None:
+    """Refuse label maps that say nothing, and warn of classes that none of them has."""
+    if values == {IGNORE_LABEL}:
+        raise ValueError(
+            f"label_root={label_root!r}: all pixels of all label maps are {IGNORE_LABEL}, and must "
+            "have a class somewhere"
+        )
+    if values == {0, IGNORE_LABEL} and len(names) > 1:
+        raise ValueError(
+            f"label_root={label_root!r}: all pixels of all label maps are 0 or {IGNORE_LABEL}, of "
+            f"which {IGNORE_LABEL} is no class: the {len(names)} classes must be 0 to "
+            f"{len(names) - 1}"
+        )
+    absent = [name for i, name in enumerate(names) if i not in values]
+    if absent:
+        logger.warning("label_root=%r: no pixel is of the classes %s", label_root, few(absent))
+
+
+def _semantic_dict(image_file: Path, label_file: Path, num_classes: int) -> tuple[dict, list[int]]:
+    """The dataset dict of an image, whose label map is checked, and the values in that."""
     if image_file.resolve() == label_file.resolve():
         raise ValueError(
             f"label_root='{label_file.parent}' must be another folder than image_root: image "
             f"'{image_file}' would be its own label map"
         )
     try:
-        with Image.open(image_file) as image:
-            width, height = image.size
-            if image.getexif().get(0x0112, 1) >= 5:  # the EXIF orientation turns it by 90 degrees
-                width, height = height, width
+        width, height = image_size(str(image_file))
     except OSError as error:
-        raise ValueError(f"image '{image_file}' cannot be read: {first_line(error)}") from error
+        raise ValueError(str(error)) from error
     try:
         with Image.open(label_file) as label:
-            mode, size, counts = label.mode, label.size, label.histogram()
-    except (OSError, SyntaxError) as error:
+            mode, size = label.mode, label.size
+            if size == (width, height):
+                counts = label.histogram()
+    except Exception as error:  # decoders raise all kinds
         raise ValueError(f"label map '{label_file}' cannot be read: {first_line(error)}") from error
-    # detectron2 reads label maps as "L": a palette or 1-bit image would turn into other numbers.
+    # A palette or 1-bit image may have its classes in any order, and one of colours has none.
     if mode != "L":
         raise ValueError(f"label map '{label_file}': mode={mode!r} must be 'L', 8-bit grayscale")
     if size != (width, height):
@@ -172,16 +175,18 @@ def _semantic_dict(image_file: Path, label_file: Path, num_classes: int) -> dict
             f"label map '{label_file}': size={size[0]}x{size[1]} must be {width}x{height}, that "
             "of its image"
         )
-    wrong = [value for value in range(num_classes, IGNORE_LABEL) if counts[value]]
+    values = [value for value, count in enumerate(counts) if count]
+    wrong = [value for value in values if num_classes <= value < IGNORE_LABEL]
     if wrong:
         raise ValueError(
             f"label map '{label_file}': values={few(wrong)} must be from 0 to {num_classes - 1} "
             f"(num_classes={num_classes}), or {IGNORE_LABEL} for no class"
         )
-    return {
+    record = {
         "file_name": str(image_file),
         "sem_seg_file_name": str(label_file),
         "image_id": image_file.stem,
         "height": height,
         "width": width,
     }
+    return record, values

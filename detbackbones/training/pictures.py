@@ -1,19 +1,21 @@
 """Pictures of what a model predicts, beside the ground truth."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from detectron2.data import Metadata
-from detectron2.data.detection_utils import annotations_to_instances, read_image
+from detectron2.data.detection_utils import annotations_to_instances
 from detectron2.data.transforms import ResizeTransform
 from detectron2.structures import Instances
 from detectron2.utils.colormap import colormap
 from detectron2.utils.visualizer import Visualizer
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
+
+from ..data.images import read_image, read_label_map
 
 CELL, PANEL = 600, 592  # pixels: width of a column of pictures, and of a picture
 HEADER = 30  # pixels: height of the titles
@@ -37,6 +39,7 @@ def draw_predictions(
     metadata: Metadata,
     path: str | Path,
     score_threshold: float = 0.5,
+    read: Callable[[dict[str, Any]], np.ndarray] | None = None,
 ) -> Path:
     """Draw ground truth (left) beside predictions (right), one row for each image.
 
@@ -53,6 +56,7 @@ def draw_predictions(
             `stuff_classes` for semantic segmentation.
         path: the PNG file to write; its folder is made.
         score_threshold: instances with a lower score, in 0..1, are left out.
+        read: gives the RGB pixels (H, W, 3) of an image; by default they are read from its file.
 
     Returns:
         `path`.
@@ -71,7 +75,7 @@ def draw_predictions(
     colors = dict(zip(dict.fromkeys(names), itertools.cycle(bright)))
     rows, drawn = [], set()
     for image, prediction in zip(images, predictions):
-        pixels = read_image(image["file_name"], "RGB")
+        pixels = read(image) if read else read_image(image["file_name"])
         kind = _kind(prediction, image["file_name"], pixels.shape[:2])
         truth = _truth(image, kind, pixels.shape[:2], metadata)
         if kind == "instances" and not prediction[kind].has("pred_masks"):
@@ -109,11 +113,11 @@ def _truth(
     image: dict[str, Any], kind: str, size: tuple[int, int], metadata: Metadata
 ) -> list[_Region]:
     if kind == "panoptic_seg" and "pan_seg_file_name" in image:
-        rgb = read_image(image["pan_seg_file_name"], "RGB").astype(int)
+        rgb = read_image(image["pan_seg_file_name"]).astype(int)
         return _segments(rgb @ [1, 256, 256**2], image["segments_info"], metadata)
     regions = []
     if kind != "instances" and "sem_seg_file_name" in image:
-        regions += _stuff(read_image(image["sem_seg_file_name"], "L")[:, :, 0], metadata)
+        regions += _stuff(read_label_map(image["sem_seg_file_name"]), metadata)
     if kind != "sem_seg":
         for annotation in image.get("annotations", []):
             keys = ["bbox", "bbox_mode", "category_id"]

@@ -20,7 +20,9 @@ from tabulate import tabulate
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ..backbones.feature_backbone import FeatureBackbone
 from ..config import get_config, without_weights
+from ..data.verify import verify_images
 from ..messages import one_of
 from ..weights import fitting, read_state_dict, unloaded
 from .checkpoint import Checkpointer, load_init_checkpoint
@@ -201,6 +203,9 @@ def build_trainer(cfg: DictConfig, *, loads_all: bool) -> Trainer:
     settings = cfg.train
     seed_step(settings.seed, 0, 0)
     loader = instantiate(cfg.dataloader.train)
+    if cfg.get("dataset", {}).get("verify") and comm.is_main_process():
+        for part in (cfg.dataloader.train, cfg.dataloader.test):
+            verify_images(instantiate(part.dataset), instantiate(part.mapper))
     instantiate(cfg.dataloader.test.dataset)  # a fault in these is to be found now
     instantiate(cfg.dataloader.evaluator)
     model = build_model(cfg, loads_all=loads_all)
@@ -230,7 +235,30 @@ def build_model(cfg: DictConfig, *, loads_all: bool) -> nn.Module:
     model_cfg = copy.deepcopy(cfg.model)
     if loads_all and "backbone" in model_cfg:
         model_cfg.backbone = without_weights(model_cfg.backbone)
-    return instantiate(model_cfg).to(cfg.train.device)
+    model = instantiate(model_cfg)
+    check_channels(model, cfg.dataloader.train.get("mapper", {}).get("channels", 3))
+    return model.to(cfg.train.device)
+
+
+def check_channels(model: nn.Module, channels: int) -> None:
+    """Refuse a model whose parts expect images of other channels; broadcasting would hide it.
+
+    Raises:
+        ValueError: if ``pixel_mean`` or the backbone is for others than the data loader gives.
+    """
+    for key in ("pixel_mean", "pixel_std"):
+        values = getattr(model, key, None)
+        if isinstance(values, torch.Tensor) and values.numel() != channels:
+            raise ValueError(
+                f"model.{key} has {values.numel()} values, and must have one for each of the "
+                f"images' {channels} channels (dataset.channels)"
+            )
+    for backbone in model.modules():
+        if isinstance(backbone, FeatureBackbone) and backbone.source.in_channels != channels:
+            raise ValueError(
+                f"in_channels={backbone.source.in_channels} of the backbone must be {channels}, "
+                "the channels of the images (dataset.channels)"
+            )
 
 
 def load_weights(cfg: DictConfig, checkpointer: Checkpointer, *, last: bool) -> bool:
@@ -338,7 +366,10 @@ def draw_results(cfg: DictConfig, model: nn.Module) -> list[Path]:
         with torch.no_grad():
             predictions = [model([mapper(image)])[0] for image in images]
         metadata = MetadataCatalog.get(instantiate(cfg.dataloader.test.dataset.names))
-        written += [draw_predictions(images, predictions, metadata, folder / "predictions.png")]
+        read = getattr(mapper, "picture", None)
+        written += [
+            draw_predictions(images, predictions, metadata, folder / "predictions.png", read=read)
+        ]
     if (folder / "metrics.json").is_file():
         written += [draw_curves(folder / "metrics.json", folder / "curves.png")]
     return written

@@ -64,7 +64,7 @@ def rows(request):
         if item.originalname == "test_each_family_keeps_the_contract"
     ]
     todo = [contract.new_row(*model) for model in models]
-    done = list(run_contract(todo, jobs=2, time_limit=300, max_params=MAX_PARAMS))
+    done = list(run_contract(todo, jobs=2, time_limit=900, max_params=MAX_PARAMS))
     return {(row["source"], row["name"]): row for row in done}
 
 

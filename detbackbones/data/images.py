@@ -1,0 +1,145 @@
+"""Reading images: one rule for each kind of file, and none that changes pixels in silence."""
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from ..messages import first_line
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".npy")
+_DEEP = ("I", "F", "I;16")  # PIL's modes of more than 8 bits begin so
+
+
+class ImageError(ValueError):
+    """An image that can be decoded but not be used."""
+
+
+def read_image(file_name: str, channels: int = 3, max_value: float | None = None) -> np.ndarray:
+    """Read an image as an array (height, width, channels) of values from 0 to 255.
+
+    - For 3 channels, pictures of 8 bits are converted to RGB: gray ones to three equal channels,
+      palettes to their colours, CMYK without a colour profile; transparency is dropped. For 1
+      channel they are converted to gray.
+    - For other numbers of channels, the file must have just so many: a TIFF (interleaved, in planes
+      or in pages), a NumPy array ``.npy`` (height, width, channels), or what PIL has as such.
+    - An EXIF orientation is applied.
+    - Values of more than 8 bits are scaled by 255 / ``max_value``, and become float32. So is every
+      image that has neither 1 nor 3 channels, for resizing treats it otherwise.
+
+    Args:
+        file_name: of the image.
+        channels: of the result.
+        max_value: the value that becomes 255, of images of more than 8 bits.
+
+    Raises:
+        OSError: if the file cannot be read or decoded.
+        ImageError: if it has several frames, other channels, or values that do not fit.
+    """
+    try:
+        pixels = _read(file_name, channels)
+    except ImageError:
+        raise
+    except Exception as error:  # decoders raise all kinds
+        raise OSError(f"image '{file_name}' cannot be read: {first_line(error)}") from error
+    if pixels.ndim == 2:
+        pixels = pixels[:, :, None]
+    if pixels.ndim == 3 and pixels.shape[2] == 1:
+        pixels = np.repeat(pixels, channels, axis=2) if channels == 3 else pixels
+    if pixels.ndim != 3 or pixels.shape[2] != channels or 0 in pixels.shape:
+        raise ImageError(
+            f"image '{file_name}': shape={pixels.shape} must be (height, width, {channels})"
+        )
+    if pixels.dtype != np.uint8:
+        return _scaled(pixels, file_name, max_value)
+    return pixels.astype(np.uint8 if channels in (1, 3) else np.float32)  # which can be written to
+
+
+def image_size(file_name: str) -> tuple[int, int]:
+    """The (width, height) of an image as :func:`read_image` gives it, from the file's head.
+
+    Raises:
+        OSError: if the file is no image.
+    """
+    try:
+        if Path(file_name).suffix.lower() == ".npy":
+            height, width = np.load(file_name, mmap_mode="r", allow_pickle=False).shape[:2]
+            return width, height
+        with Image.open(file_name) as image:
+            turned = image.getexif().get(0x0112, 1) >= 5  # the EXIF orientation, by 90 degrees
+            return image.size[::-1] if turned else image.size
+    except Exception as error:  # decoders raise all kinds
+        raise OSError(f"image '{file_name}' cannot be read: {first_line(error)}") from error
+
+
+def read_label_map(file_name: str, dtype: type | None = None) -> np.ndarray:
+    """Read a label map: the value of each pixel, of a palette image the index of its colour.
+
+    Args:
+        file_name: of the label map.
+        dtype: type of the array's elements; that of the file if not given.
+
+    Returns:
+        the class of each pixel, of shape (H, W).
+
+    Raises:
+        OSError: if the file cannot be read or decoded.
+        ImageError: if it has more than one channel.
+    """
+    try:
+        with Image.open(file_name) as image:
+            labels = np.array(image, dtype=dtype)
+    except Exception as error:  # decoders raise all kinds
+        raise OSError(f"label map '{file_name}' cannot be read: {first_line(error)}") from error
+    if labels.ndim != 2:
+        raise ImageError(
+            f"label map '{file_name}': shape={labels.shape} must be (height, width), the class of "
+            "each pixel"
+        )
+    return labels
+
+
+def _read(file_name: str, channels: int) -> np.ndarray:
+    suffix = Path(file_name).suffix.lower()
+    if suffix == ".npy":
+        return np.array(np.load(file_name, mmap_mode="r", allow_pickle=False))
+    if suffix in (".tif", ".tiff") and channels not in (1, 3):
+        return _read_tiff(file_name, channels)
+    with Image.open(file_name) as image:
+        frames = getattr(image, "n_frames", 1)
+        if frames > 1 and image.format != "MPO":  # cameras put a preview behind the picture
+            raise ImageError(
+                f"image '{file_name}': it has {frames} frames, and must have one: save the one "
+                "that the annotations are of"
+            )
+        image = ImageOps.exif_transpose(image)
+        if not image.mode.startswith(_DEEP):
+            if channels in (1, 3):
+                image = image.convert("RGB" if channels == 3 else "L")
+        return np.asarray(image)
+
+
+def _read_tiff(file_name: str, channels: int) -> np.ndarray:
+    import tifffile
+
+    with tifffile.TiffFile(file_name) as file:
+        pixels = file.series[0].asarray()
+        planes = pixels.ndim == 3 and file.series[0].axes.endswith("YX")
+    return np.moveaxis(pixels, 0, 2) if planes and len(pixels) == channels else pixels
+
+
+def _scaled(pixels: np.ndarray, file_name: str, max_value: float | None) -> np.ndarray:
+    if pixels.dtype.kind not in "uif":
+        raise ImageError(f"image '{file_name}': its values are {pixels.dtype}, and must be numbers")
+    if max_value is None:
+        raise ImageError(
+            f"image '{file_name}': its values are {pixels.dtype}, from {pixels.min()} to "
+            f"{pixels.max()}: set dataset.max_value to the value that is to become 255, such as "
+            "65535, or 4095 of a camera of 12 bits"
+        )
+    if not (pixels.min() >= 0 and pixels.max() <= max_value):  # NaN is neither
+        raise ImageError(
+            f"image '{file_name}': its values, from {pixels.min()} to {pixels.max()}, must be from "
+            f"0 to dataset.max_value={max_value}"
+        )
+    return (pixels * (255 / max_value)).astype(np.float32)
