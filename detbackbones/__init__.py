@@ -32,7 +32,7 @@ else:
         list_backbones,
         list_hf_hub_backbones,
     )
-    from .config import add_backbone_config, get_config, list_configs
+    from .config import add_backbone_config, get_config, list_configs, load_config
     from .detr import TransformersDetector
     from .heads import DPTHead, LinearHead
 
@@ -60,6 +60,7 @@ __all__ = [
     "list_backbones",
     "list_configs",
     "list_hf_hub_backbones",
+    "load_config",
 ]
 
 

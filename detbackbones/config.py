@@ -9,6 +9,7 @@ from detectron2.config import CfgNode, LazyConfig
 from omegaconf import DictConfig, OmegaConf, SCMode
 
 from .messages import nearest
+from .untrusted import read_yaml
 
 
 def config_folder() -> Path:
@@ -38,6 +39,28 @@ def get_config(name: str) -> DictConfig:
     if not path.is_file():
         raise FileNotFoundError(f"there is no config {name!r}: {nearest(name, list_configs())}")
     return LazyConfig.load(str(path))
+
+
+def load_config(file: str | Path, *, trust: bool = False) -> DictConfig:
+    """Load a config from a file.
+
+    A Python file is a program, which is run. Of a YAML file no tag is executed; what it calls must
+    be of this package and those that it builds on, unless it is trusted.
+
+    Args:
+        file: a ``.py`` LazyConfig, or a ``.yaml`` file such as a run's ``config.yaml``.
+        trust: whether a YAML file may call anything.
+
+    Raises:
+        FileNotFoundError: if it does not exist.
+        ValueError: if it is no config, or must be trusted.
+    """
+    file = Path(file)
+    if not file.is_file():
+        raise FileNotFoundError(f"config {str(file)!r} does not exist")
+    if file.suffix in (".yaml", ".yml"):
+        return OmegaConf.create(read_yaml(file, trust=trust), flags={"allow_objects": True})
+    return LazyConfig.load(str(file))
 
 
 def find_config(name: str) -> Path:

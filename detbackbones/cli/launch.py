@@ -6,13 +6,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from detectron2.config import LazyConfig
 from detectron2.engine import launch
 from detectron2.utils import comm
 from omegaconf import DictConfig
 from torch.multiprocessing import ProcessExitedException
 
-from ..config import find_config
+from ..config import find_config, load_config
 from ..training.run import check_config
 from .program import fail
 
@@ -23,6 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of both commands."""
     add = parser.add_argument
     add("--config-file", required=True, metavar="FILE", help="a LazyConfig: its path or name")
+    add("--trust", action="store_true", help="let a YAML config call code of other packages")
     add("--num-gpus", type=int, default=1, metavar="N", help="GPUs per machine")
     add("--num-processes", type=int, default=0, metavar="N", help="use N CPU processes instead")
     add("--num-machines", type=int, default=1, metavar="M")
@@ -31,15 +31,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("opts", nargs="*", metavar="key=value", help="overrides of the config")
 
 
-def load_config(args: argparse.Namespace) -> DictConfig:
+def read_config(args: argparse.Namespace) -> DictConfig:
     """The config with its overrides, checked."""
     try:
         file = find_config(args.config_file)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"--config-file {error}") from None
-    return check_config(
-        LazyConfig.load(str(file)), args.opts, name=f"--config-file {args.config_file}"
-    )
+    cfg = load_config(file, trust=args.trust)
+    return check_config(cfg, args.opts, name=f"--config-file {args.config_file}")
 
 
 def start(
@@ -59,7 +58,7 @@ def start(
     """
     try:
         processes = _processes_per_machine(args)
-        cfg = load_config(args)
+        cfg = read_config(args)
         if int(os.environ.get("RANK", 0)) == 0 and args.machine_rank == 0:
             before(cfg)
     except WRONG_INPUT as error:

@@ -17,12 +17,15 @@ def existing(parameter: str, path: str, exists: Callable[[str], bool], what: str
         what: what the path is to be, such as "the folder of the images".
 
     Raises:
-        ValueError: if the path is empty.
+        ValueError: if the path is empty, or a folder where a file is wanted or the other way round.
         FileNotFoundError: if it is not there, with the nearest names in its folder.
     """
     if not path:
         raise ValueError(f"{parameter}={path!r} must be {what}")
     if not exists(path):
+        if os.path.exists(path):
+            kind = "a folder" if os.path.isdir(path) else "a file"
+            raise ValueError(f"{parameter}={path!r} must be {what}, and is {kind}")
         folder, name = os.path.split(os.path.abspath(path))
         names = os.listdir(folder) if os.path.isdir(folder) else []
         near = nearest(name, [n for n in names if exists(os.path.join(folder, n))], most=0)

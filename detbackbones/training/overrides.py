@@ -1,20 +1,25 @@
 """Command-line overrides of a LazyConfig that refuse a key the config cannot use."""
 
 import inspect
+from typing import Any
 
-from detectron2.config import LazyConfig
 from detectron2.utils.registry import locate
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ..messages import first_line, nearest
+from .settings import SETTINGS
 
 
 def apply_overrides(cfg: DictConfig, overrides: list[str]) -> DictConfig:
     """Change a config by ``key=value`` words.
 
     A key may be one that the config has, or an argument that the callable at that place takes
-    though the config does not mention it.
+    though the config does not mention it. A value is written as Hydra has it (numbers, ``True``,
+    ``null``, ``[1,2]``, ``{a:1}``, ``'text'``); what is nothing of these is text as it stands, such
+    as a path with spaces, commas or brackets.
 
     Args:
         cfg: changed in place.
@@ -27,17 +32,39 @@ def apply_overrides(cfg: DictConfig, overrides: list[str]) -> DictConfig:
         ValueError: if a word is no ``key=value`` or its key is unknown.
     """
     for word in overrides:
-        key, equals, _ = word.lstrip("+~").partition("=")
-        if not equals:
+        key, equals, text = word.lstrip("+").partition("=")
+        if not equals or not key:
             raise ValueError(f"override {word!r} must be key=value")
+        if key.startswith("~"):
+            raise ValueError(f"override {word!r} must be key=value that sets one: none is deleted")
         _check_key(cfg, key)
         try:
-            cfg = LazyConfig.apply_overrides(cfg, [word])
-        except Exception as error:  # hydra's grammar has many errors of its own
+            _update(cfg, key, _value(key, text))
+        except (OmegaConfBaseException, AttributeError, TypeError, ValueError) as error:
             raise ValueError(
                 f"override {word!r} must be key=value that the config takes: {first_line(error)}"
             ) from error
     return cfg
+
+
+def _value(key: str, text: str) -> Any:
+    """What a value is in Hydra's grammar, or else the text."""
+    try:
+        override = OverridesParser.create().parse_override(f"key={text}")
+        value = text if override.is_sweep_override() else override.value()
+    except HydraException:
+        return text
+    is_text = key in SETTINGS and SETTINGS[key].text
+    return text if is_text and value is not None and not isinstance(value, str) else value
+
+
+def _update(cfg: DictConfig, key: str, value: Any) -> None:
+    """Set a key; a list, and what was to be called there, make way for another kind of value."""
+    before = OmegaConf.select(cfg, key)
+    replaced = isinstance(before, ListConfig)
+    if isinstance(before, DictConfig) and not isinstance(value, dict):
+        replaced = "_target_" in before
+    OmegaConf.update(cfg, key, value, merge=not replaced, force_add=True)
 
 
 def _check_key(cfg: DictConfig, key: str) -> None:
@@ -49,10 +76,14 @@ def _check_key(cfg: DictConfig, key: str) -> None:
         if known is not None and name not in known:
             near = nearest(f"{path}{name}", [f"{path}{k}" for k in known])
             raise ValueError(f"config key {key!r} is unknown: {near}")
+        if not isinstance(node, DictConfig | ListConfig):
+            above = path.removesuffix(".")
+            raise ValueError(
+                f"override of {key!r} must be key=value that the config takes: {above} has no keys"
+            )
         called = isinstance(node, DictConfig) and "_target_" in node
         try:
-            inside = isinstance(node, (DictConfig, ListConfig))
-            node = OmegaConf.select(node, part) if inside else None
+            node = OmegaConf.select(node, part)
         except OmegaConfBaseException:
             node = None
         if node is None:  # an argument that the config does not mention: it decides what is valid

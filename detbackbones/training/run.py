@@ -20,17 +20,17 @@ from tabulate import tabulate
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..backbones.feature_backbone import FeatureBackbone
 from ..config import get_config, without_weights
 from ..data.verify import verify_images
-from ..messages import one_of
-from ..weights import fitting, read_state_dict, unloaded
+from ..messages import first_line, one_of
+from .agreement import check_channels, check_classes, check_fit, check_pixels
 from .checkpoint import Checkpointer, load_init_checkpoint
 from .curves import draw_curves
 from .log import logging_to
 from .overrides import apply_overrides
 from .pictures import draw_predictions
 from .progress import ProgressPrinter
+from .settings import check_settings
 from .trainer import AMP_DTYPES, Trainer, seed_step
 
 logger = logging.getLogger(__name__)
@@ -117,9 +117,8 @@ def check_config(
             raise ValueError(f"{name} has no {key!r}")
     cfg = copy.deepcopy(cfg)
     cfg.train = OmegaConf.merge(get_config("common/train.py").train, cfg.get("train", {}))
-    settings = apply_overrides(cfg, list(overrides)).train
-    if not isinstance(settings.seed, int) or settings.seed < 0:
-        raise ValueError(f"train.seed={settings.seed!r} must be a whole number from 0")
+    check_settings(apply_overrides(cfg, list(overrides)))
+    settings = cfg.train
     one_of("train.amp.dtype", settings.amp.dtype, AMP_DTYPES)
     gpu = torch.cuda.is_available()
     one_of("train.device", settings.device, ("auto", "cpu", "cuda") if gpu else ("auto", "cpu"))
@@ -208,6 +207,7 @@ def build_trainer(cfg: DictConfig, *, loads_all: bool) -> Trainer:
             verify_images(instantiate(part.dataset), instantiate(part.mapper))
     instantiate(cfg.dataloader.test.dataset)  # a fault in these is to be found now
     instantiate(cfg.dataloader.evaluator)
+    check_classes(cfg)
     model = build_model(cfg, loads_all=loads_all)
     optimizer_cfg = copy.deepcopy(cfg.optimizer)
     optimizer_cfg.params.model = model
@@ -235,30 +235,18 @@ def build_model(cfg: DictConfig, *, loads_all: bool) -> nn.Module:
     model_cfg = copy.deepcopy(cfg.model)
     if loads_all and "backbone" in model_cfg:
         model_cfg.backbone = without_weights(model_cfg.backbone)
-    model = instantiate(model_cfg)
-    check_channels(model, cfg.dataloader.train.get("mapper", {}).get("channels", 3))
+    check_pixels(cfg)
+    try:
+        model = instantiate(model_cfg)
+    except (ValueError, OSError, ImportError):
+        raise
+    except Exception as error:  # detectron2 asserts, and a foreign model may fail in any way
+        raise ValueError(
+            f"the model cannot be built as the config says: {type(error).__name__}, "
+            f"{first_line(error)}"
+        ) from error
+    check_channels(model, cfg)
     return model.to(cfg.train.device)
-
-
-def check_channels(model: nn.Module, channels: int) -> None:
-    """Refuse a model whose parts expect images of other channels; broadcasting would hide it.
-
-    Raises:
-        ValueError: if ``pixel_mean`` or the backbone is for others than the data loader gives.
-    """
-    for key in ("pixel_mean", "pixel_std"):
-        values = getattr(model, key, None)
-        if isinstance(values, torch.Tensor) and values.numel() != channels:
-            raise ValueError(
-                f"model.{key} has {values.numel()} values, and must have one for each of the "
-                f"images' {channels} channels (dataset.channels)"
-            )
-    for backbone in model.modules():
-        if isinstance(backbone, FeatureBackbone) and backbone.source.in_channels != channels:
-            raise ValueError(
-                f"in_channels={backbone.source.in_channels} of the backbone must be {channels}, "
-                "the channels of the images (dataset.channels)"
-            )
 
 
 def load_weights(cfg: DictConfig, checkpointer: Checkpointer, *, last: bool) -> bool:
@@ -285,21 +273,6 @@ def load_weights(cfg: DictConfig, checkpointer: Checkpointer, *, last: bool) -> 
     if init:
         load_init_checkpoint(checkpointer.model, init, allow_pickle=cfg.train.allow_pickle)
     return False
-
-
-def check_fit(model: nn.Module, file: str) -> None:
-    """Refuse a checkpoint that leaves weights of the model as they were drawn.
-
-    Raises:
-        ValueError: if a tensor of the model is missing in the file or has another shape there.
-    """
-    own, state = model.state_dict(), read_state_dict(file)
-    wrong = unloaded(own, fitting(state, own))
-    if wrong:
-        raise ValueError(
-            f"checkpoint {file!r} is not of this model: {len(wrong)} of the model's {len(own)} "
-            f"tensors are missing in it or of another shape ({wrong[0]}, ...)"
-        )
 
 
 def fit(run: Run) -> Results:

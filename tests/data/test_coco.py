@@ -141,7 +141,8 @@ def test_masks_are_there_if_the_model_needs_them(folder, mask_format, masks, mes
     [
         ("", "images", ValueError, "json_file='' must be the path of a COCO JSON file$"),
         ("trian.json", "images", FileNotFoundError, "json_file='trian.json' .* 'train.json'$"),
-        ("images", "images", FileNotFoundError, "json_file='images' .* but does not exist"),
+        ("images", "images", ValueError, "json_file='images' must be .*, and is a folder$"),
+        ("train.json", "train.json", ValueError, "image_root='train.json' .*, and is a file$"),
         ("train.json", "", ValueError, "image_root='' must be the folder of the images$"),
         ("train.json", "imags", FileNotFoundError, "image_root='imags' .*nearest are 'images'$"),
         ("train.json", "no/such", FileNotFoundError, "image_root='no/such' .* does not exist"),

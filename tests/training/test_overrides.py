@@ -25,6 +25,14 @@ VALID = {
         "hf-hub:timm/resnet18",
     ),
     "a pattern": (["train.output_dir=a/b c_*.d"], "train.output_dir", "a/b c_*.d"),
+    "brackets": (["train.output_dir=a (b), [c]=d"], "train.output_dir", "a (b), [c]=d"),
+    "a list as text": (["train.output_dir=[2024]"], "train.output_dir", "[2024]"),
+    "a number as text": (["train.output_dir=2024"], "train.output_dir", "2024"),
+    "a value for a call": (
+        ["model.pixel_mean=[116.0]"],
+        "model.pixel_mean",
+        [116.0],
+    ),
     "nothing": (["train.output_dir="], "train.output_dir", ""),
     "a value with =": (["train.output_dir='a=b'"], "train.output_dir", "a=b"),
     "an argument not mentioned": (
@@ -76,7 +84,6 @@ UNKNOWN = {
     "model.roi_heads.box_heads.3.fc_dims=[]": "is unknown: .*'model.roi_heads.box_heads.2'",
     "lr_multiplier.scheduler.milestone=[]": "is unknown: .*'lr_multiplier.scheduler.milestones'",
     "train.max_iter": "override 'train.max_iter' must be key=value$",
-    "train.output_dir=a(b": r"override 'train.output_dir=a\(b' must be key=value that",
     "train.max_iter.x=1": "must be key=value that the config takes: .*train.max_iter",
     "~train.seed=0": "override '~train.seed=0' must be key=value that",
 }

@@ -1,0 +1,115 @@
+"""Whether the data, the model and the weights of a training go together."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from detectron2.config import instantiate
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+
+from ..backbones.feature_backbone import FeatureBackbone
+from ..weights import fitting, read_state_dict, unloaded
+
+
+def check_classes(cfg: DictConfig) -> None:
+    """Refuse a model with another number of classes than the training data.
+
+    With fewer, objects of the last classes would be background; with more, or none, an index would
+    be out of range somewhere.
+
+    Args:
+        cfg: whose ``model`` says ``num_classes`` at some places, and whose dataset is registered.
+
+    Raises:
+        ValueError: if one of them is another; names its key.
+    """
+    names = instantiate(cfg.dataloader.train.dataset.names)
+    name = names if isinstance(names, str) else names[0]
+    if name not in DatasetCatalog:
+        return
+    metadata = MetadataCatalog.get(name)
+    classes = {kind: metadata.get(f"{kind}_classes") for kind in ("thing", "stuff")}
+    for key, value in _class_counts(cfg.model, "model"):
+        kind = "stuff" if ".sem_seg_head." in key else "thing"
+        wanted = classes[kind]
+        if wanted and value != len(wanted):
+            raise ValueError(
+                f"{key}={value} must be {len(wanted)}, the number of classes of the training data"
+            )
+
+
+def _class_counts(node: Any, path: str) -> Iterator[tuple[str, Any]]:
+    """The values of ``num_classes`` in a config but for backbones, with their keys."""
+    if isinstance(node, DictConfig) and node.get("cls_agnostic_mask"):
+        return
+    for key in node:
+        if OmegaConf.is_missing(node, key) or key == "backbone":
+            continue
+        value = node[key]
+        if key == "num_classes":
+            yield f"{path}.{key}", instantiate(value) if isinstance(value, DictConfig) else value
+        elif isinstance(value, DictConfig):
+            yield from _class_counts(value, f"{path}.{key}")
+        elif OmegaConf.is_list(value):
+            for i, item in enumerate(value):
+                if isinstance(item, DictConfig):
+                    yield from _class_counts(item, f"{path}.{key}.{i}")
+
+
+def check_pixels(cfg: DictConfig) -> None:
+    """Refuse ``pixel_mean`` and ``pixel_std`` of other channels; broadcasting would hide it.
+
+    Args:
+        cfg: whose data loader's mapper gives the images.
+
+    Raises:
+        ValueError: if one of them is not for as many channels as the images have.
+    """
+    channels = _channels(cfg)
+    for key in ("pixel_mean", "pixel_std"):
+        values = cfg.model.get(key)
+        values = instantiate(values) if isinstance(values, DictConfig) else values
+        if values is not None and len(values) != channels:
+            raise ValueError(
+                f"model.{key} has {len(values)} values, and must have one for each of the images' "
+                f"{channels} channels (dataset.channels)"
+            )
+
+
+def check_channels(model: nn.Module, cfg: DictConfig) -> None:
+    """Refuse a backbone for images of other channels.
+
+    Args:
+        model: the detector.
+        cfg: whose data loader's mapper gives the images.
+
+    Raises:
+        ValueError: if it is for others than the images have.
+    """
+    channels = _channels(cfg)
+    for backbone in model.modules():
+        if isinstance(backbone, FeatureBackbone) and backbone.source.in_channels != channels:
+            raise ValueError(
+                f"in_channels={backbone.source.in_channels} of the backbone must be {channels}, "
+                "the channels of the images (dataset.channels)"
+            )
+
+
+def _channels(cfg: DictConfig) -> int:
+    return cfg.dataloader.train.get("mapper", {}).get("channels", 3)
+
+
+def check_fit(model: nn.Module, file: str) -> None:
+    """Refuse a checkpoint that leaves weights of the model as they were drawn.
+
+    Raises:
+        ValueError: if a tensor of the model is missing in the file or has another shape there.
+    """
+    own, state = model.state_dict(), read_state_dict(file)
+    wrong = unloaded(own, fitting(state, own))
+    if wrong:
+        raise ValueError(
+            f"checkpoint {file!r} is not of this model: {len(wrong)} of the model's {len(own)} "
+            f"tensors are missing in it or of another shape ({wrong[0]}, ...)"
+        )
