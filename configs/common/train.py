@@ -9,5 +9,6 @@ train.update(
     amp=dict(enabled=False, dtype="bfloat16"),  # or float16, with a gradient scaler
     clip_grad=dict(enabled=False, params=dict(max_norm=1.0, norm_type=2.0)),
     pictures=8,  # images drawn with their predictions after the last evaluation
+    allow_partial=False,  # init_checkpoint may have less than half of the backbone
     allow_pickle=False,  # init_checkpoint may be one of detectron2's .pkl files
 )

@@ -170,6 +170,9 @@ class TimmSource(Source):
         the first convolution is adapted to ``in_channels``.
         """
         own = self.model.state_dict()
+        # timm's extractors of features alone write the first dots of names as underscores.
+        names = {key.replace(".", "_"): key for key in own}
+        state = {names.get(key.replace(".", "_"), key): value for key, value in state.items()}
         if state.keys() <= own.keys():
             # Filters tell timm's own format by the classifier, which a trained backbone has not.
             state = {**own, **state}

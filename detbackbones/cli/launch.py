@@ -2,19 +2,23 @@
 
 import argparse
 import os
+import socket
 from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
 
 import torch
-from detectron2.engine import launch
+import torch.multiprocessing as mp
 from detectron2.utils import comm
 from omegaconf import DictConfig
-from torch.multiprocessing import ProcessExitedException
+from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
 from ..config import find_config, load_config
+from ..training.interrupt import forwarding
 from ..training.run import check_config
 from .program import fail
 
+GRACE = 3  # seconds that the other processes have when one has ended, twice
 WRONG_INPUT = (ValueError, OSError, ImportError)
 
 
@@ -45,7 +49,7 @@ def start(
     command: str,
     args: argparse.Namespace,
     work: Callable[..., None],
-    before: Callable[[DictConfig], None] = lambda cfg: None,
+    during: Callable[[DictConfig], AbstractContextManager] = nullcontext,
     **arguments: Any,
 ) -> None:
     """Check what can be checked at once, then do the work in as many processes as are asked for.
@@ -54,30 +58,59 @@ def start(
         command: whose name stands before an error.
         args: with those of :func:`add_arguments`.
         work: what each process does with the command, the config and ``arguments``.
-        before: what only the first process does, before the others are started.
+        during: a context of the first process alone, around the work of all.
     """
+    main = int(os.environ.get("RANK", 0)) == 0 and args.machine_rank == 0
+    with ExitStack() as stack:
+        try:
+            processes = _processes_per_machine(args)
+            cfg = read_config(args)
+            if main:
+                stack.enter_context(during(cfg))
+        except WRONG_INPUT as error:
+            fail(command, error)
+        gpu = cfg.train.device == "cuda"
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            _join(gpu, int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"]))
+            _share_cores(work, command, cfg, arguments)
+        elif processes * args.num_machines > 1:
+            _launch(command, args, processes, (gpu, work, command, cfg, arguments))
+        else:
+            work(command, cfg, **arguments)
+
+
+def _launch(command: str, args: argparse.Namespace, processes: int, job: tuple) -> None:
+    """Do a job in processes of this machine; when one ends early, the others end soon after."""
+    url = args.dist_url
+    if url == "auto":
+        if args.num_machines > 1:
+            fail(command, "--dist-url must be tcp://host:port for several machines")
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            url = f"tcp://127.0.0.1:{free.getsockname()[1]}"
+    place = (url, processes, processes * args.num_machines, processes * args.machine_rank)
+    context = mp.start_processes(
+        _rank, args=(*place, job), nprocs=processes, join=False, start_method="spawn"
+    )
     try:
-        processes = _processes_per_machine(args)
-        cfg = read_config(args)
-        if int(os.environ.get("RANK", 0)) == 0 and args.machine_rank == 0:
-            before(cfg)
-    except WRONG_INPUT as error:
-        fail(command, error)
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        _join_torchrun(cfg.train.device == "cuda")
-        _share_cores(work, command, cfg, arguments)
-        return
-    try:
-        launch(
-            _share_cores,
-            processes,
-            args.num_machines,
-            args.machine_rank,
-            args.dist_url,
-            args=(work, command, cfg, arguments),
-        )
-    except ProcessExitedException as error:  # that process has said why
-        raise SystemExit(error.exit_code) from None
+        with forwarding(context.pids):
+            while not context.join(grace_period=GRACE):
+                pass
+    except ProcessExitedException as error:
+        if error.signal_name is None:  # that process has said why
+            raise SystemExit(error.exit_code) from None
+        fail(command, f"process {error.error_index} was ended by {error.signal_name}")
+    except ProcessRaisedException as error:
+        fail(command, f"process {error.error_index} failed: {str(error).strip().splitlines()[-1]}")
+
+
+def _rank(local: int, url: str, processes: int, world: int, first: int, job: tuple) -> None:
+    gpu, *rest = job
+    torch.distributed.init_process_group(
+        "nccl" if gpu else "gloo", init_method=url, world_size=world, rank=first + local
+    )
+    _join(gpu, local, processes)
+    _share_cores(*rest)
 
 
 def _processes_per_machine(args: argparse.Namespace) -> int:
@@ -94,12 +127,13 @@ def _processes_per_machine(args: argparse.Namespace) -> int:
     return args.num_gpus
 
 
-def _join_torchrun(gpu: bool) -> None:
-    """Join the group of processes that torchrun has started."""
-    torch.distributed.init_process_group("nccl" if gpu else "gloo")
-    comm.create_local_process_group(int(os.environ["LOCAL_WORLD_SIZE"]))
+def _join(gpu: bool, local: int, processes: int) -> None:
+    """Join the group of all processes, as number ``local`` of those of this machine."""
+    if not torch.distributed.is_initialized():  # torchrun has said all in the environment
+        torch.distributed.init_process_group("nccl" if gpu else "gloo")
+    comm.create_local_process_group(processes)
     if gpu:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(local)
 
 
 def _share_cores(

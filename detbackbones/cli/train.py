@@ -8,29 +8,36 @@ The config is a file, or one that comes with the package, by its name. The outpu
 config.yaml, checkpoints, metrics.json, log.txt, predictions.png and curves.png.
 """
 
+import sys
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 
+from detectron2.utils import comm
 from omegaconf import DictConfig
 
-from ..data.mapper import DATA_ERRORS
-from ..training.log import logging_to
-from ..training.run import fit, prepare, prepare_output
+from ..training.interrupt import Interrupted
+from ..training.log import RUN_ERRORS, logging_to
+from ..training.run import fit, prepare, reserved
 from . import eval as evaluation
 from .launch import WRONG_INPUT, add_arguments, start
 from .program import fail, new_parser
 
 
 def work(command: str, cfg: DictConfig, resume: bool) -> None:
-    """What each process does; wrong input ends it with one sentence."""
-    with logging_to(cfg.train.output_dir):
-        try:
-            run = prepare(cfg, resume=resume)
-        except WRONG_INPUT as error:
-            fail(command, error)
-        try:
+    """What each process does; wrong input, and what may end a training, end it in one sentence."""
+    try:
+        with logging_to(cfg.train.output_dir):
+            try:
+                run = prepare(cfg, resume=resume)
+            except WRONG_INPUT as error:
+                fail(command, error)
             fit(run)
-        except DATA_ERRORS as error:
-            fail(command, error)
+    except RUN_ERRORS as error:
+        fail(command, error)
+    except Interrupted as error:
+        if comm.is_main_process():
+            print(f"detbackbones {command}: {error}: continue with --resume", file=sys.stderr)
+        sys.exit(128 + error.signum)
 
 
 def main(words: Sequence[str] | None = None) -> None:
@@ -45,7 +52,7 @@ def main(words: Sequence[str] | None = None) -> None:
         start("train", args, evaluation.work)
         return
 
-    def before(cfg: DictConfig) -> None:
-        prepare_output(cfg, resume=args.resume, overwrite=args.overwrite)
+    def during(cfg: DictConfig) -> AbstractContextManager:
+        return reserved(cfg, resume=args.resume, overwrite=args.overwrite)
 
-    start("train", args, work, before, resume=args.resume)
+    start("train", args, work, during, resume=args.resume)

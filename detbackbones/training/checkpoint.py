@@ -2,37 +2,51 @@
 
 import logging
 import os
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from torch import nn
 
 from ..backbones.feature_backbone import FeatureBackbone
-from ..weights import backbone_state_dict, fitting, read_state_dict, replacing
+from ..messages import first_line
+from ..weights import (
+    backbone_state_dict,
+    fitting,
+    read_checkpoint,
+    read_state_dict,
+    replacing,
+    unloaded,
+    write_checkpoint,
+)
 
 logger = logging.getLogger(__name__)
 
 
-def load_init_checkpoint(model: nn.Module, path: str, *, allow_pickle: bool = False) -> str:
+def load_init_checkpoint(
+    model: nn.Module, path: str, *, allow_pickle: bool = False, allow_partial: bool = False
+) -> str:
     """Start a detector from weights: its own, or those of its backbone's source model alone.
 
     Tensors whose name or shape the detector does not have (a classifier, heads for other classes)
-    are passed over; the report counts them.
+    are passed over; the report counts them. A backbone's are found by its source model's names,
+    and by those of detrex's wrapper and of detectron2's own ResNet.
 
     Args:
         model: a detector, or any module.
         path: see :func:`read_state_dict`; with ``allow_pickle`` also detectron2's ``.pkl`` files
             and model-zoo addresses.
         allow_pickle: let detectron2 read ``.pkl`` files, which can execute any code.
+        allow_partial: take a file that has less than half of a backbone.
 
     Returns:
         the report, one line.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if the file is bad or no tensor fits.
+        ValueError: if the file is bad, no tensor fits, or less than half of a backbone's do.
     """
     if path.endswith(".pkl") or "://" in path:
         if not allow_pickle:
@@ -45,30 +59,61 @@ def load_init_checkpoint(model: nn.Module, path: str, *, allow_pickle: bool = Fa
     state = read_state_dict(path)
     own = model.state_dict()
     fit = fitting(state, own)
-    if fit:
-        model.load_state_dict(fit, strict=False)
-        report = f"loaded {len(fit)} of the detector's {len(own)} tensors"
-        skipped = len(state) - len(fit)
-    else:
-        backbones = [m for m in model.modules() if isinstance(m, FeatureBackbone)]
-        source = backbone_state_dict(state) or state
-        try:
-            loads = [backbone.load_source(source) for backbone in backbones]
-        except ValueError as error:
-            raise ValueError(f"init_checkpoint={path!r} must fit the backbone: {error}") from error
-        loaded, wanting = sum(n for n, _ in loads), sum((w for _, w in loads), [])
-        if not loaded:
-            raise ValueError(
-                f"init_checkpoint={path!r} must fit the detector or its backbone: none of its "
-                f"{len(state)} tensors ({next(iter(state))}, ...) does"
-            )
-        report = f"loaded {loaded} of the backbone's {loaded + len(wanting)} tensors"
-        skipped = len(state) - loaded
-        if wanting:
-            report += f" ({wanting[0]} and {len(wanting) - 1} others are wanting)"
-    report += f" from {path}; {skipped} of the file's tensors are of no use here"
-    logger.info(report)
+    backbones = {n: m for n, m in model.named_modules() if isinstance(m, FeatureBackbone)}
+    source = backbone_state_dict(state) or ({} if fit else state)
+    loaded = wanted = others = 0
+    wanting: list[str] = []
+    for name, backbone in backbones.items():
+        keys = [key for key in own if key.startswith(f"{name}." if name else "")]
+        missing = unloaded(keys, fit)
+        count = len(keys) - len(missing)
+        if source and not any(key in fit for key in keys):
+            try:
+                count, missing = backbone.load_source(source)
+            except ValueError as error:
+                raise ValueError(
+                    f"init_checkpoint={path!r} must fit the backbone: {error}"
+                ) from error
+            others += count
+        loaded, wanted = loaded + count, wanted + count + len(missing)
+        wanting += missing
+    if not fit and not loaded:
+        raise ValueError(
+            f"init_checkpoint={path!r} must fit the detector or its backbone: none of its "
+            f"{len(state)} tensors ({', '.join(list(state)[:3])}, ...) does{_hint(state, own)}"
+        )
+    if loaded < wanted / 2 and not allow_partial:
+        raise ValueError(
+            f"init_checkpoint={path!r} must have at least half of the backbone, and has {loaded} "
+            f"of its {wanted} tensors; its own are {', '.join(list(state)[:3])}, ..."
+            f"{_hint(state, own)}: train.allow_partial=True takes it"
+        )
+    model.load_state_dict(fit, strict=False)
+    parts = [f"{len(fit)} of the detector's {len(own)} tensors"] if fit else []
+    if others or not fit:
+        parts.append(f"{loaded} of the backbone's {wanted} tensors")
+    report = f"loaded {' and '.join(parts)}"
+    if wanting:
+        report += f" ({wanting[0]} and {len(wanting) - 1} others of the backbone are wanting)"
+    report += f" from {path}; {len(state) - len(fit) - others} of the file's tensors are of no use"
+    report += " here"
+    logger.log(logging.WARNING if wanting else logging.INFO, report)
     return report
+
+
+def _hint(state: Iterable[str], own: Iterable[str]) -> str:
+    """The clause that names the prefix without which most keys of a file would fit, if any."""
+    names = {key.partition("model.")[2] or key for key in own}
+    prefixes = Counter(
+        key.removesuffix(name)
+        for key in state
+        for start in range(len(key))
+        if key[start - 1 : start] == "." and (name := key[start:]) in names
+    )
+    if not prefixes:
+        return ""
+    prefix, count = prefixes.most_common(1)[0]
+    return f"; without {prefix!r} in front {count} would fit"
 
 
 class Checkpointer(DetectionCheckpointer):
@@ -87,8 +132,14 @@ class Checkpointer(DetectionCheckpointer):
         for key, obj in self.checkpointables.items():
             data[key] = obj.state_dict()
         file = os.path.join(self.save_dir, f"{name}.pth")
-        with replacing(file) as temporary:
-            torch.save(data, temporary)
+        try:
+            write_checkpoint(data, file)
+        except (OSError, RuntimeError) as error:  # torch raises a RuntimeError on a full disk
+            left = [path for path in self.files() if path != file]
+            last = f"the last one is {left[0]}" if left else "there is none before it"
+            raise OSError(
+                f"checkpoint {file!r} cannot be written: {first_line(error)}; {last}"
+            ) from error
         self.tag_last_checkpoint(f"{name}.pth")
         logger.info("wrote %s", file)
 
@@ -97,5 +148,46 @@ class Checkpointer(DetectionCheckpointer):
         with replacing(os.path.join(self.save_dir, "last_checkpoint")) as temporary:
             Path(temporary).write_text(last_filename_basename)
 
+    def files(self) -> list[str]:
+        """The checkpoints in the folder, the last first: as it is tagged, then by iteration."""
+        found = sorted(map(str, Path(self.save_dir).glob("model_[0-9]*.pth")), reverse=True)
+        tagged = self.get_checkpoint_file() if self.has_checkpoint() else ""
+        first = [tagged] if os.path.isfile(tagged) else []
+        return first + [file for file in found if file != tagged]
+
+    def kept(self, start: int, most: int) -> list[str]:
+        """The checkpoints of a resumed run that count as recent, the oldest first.
+
+        Args:
+            start: the iteration that the run starts with.
+            most: ``max_to_keep``; older ones of the main process's folder are removed.
+        """
+        last = f"model_{start:07d}.pth"
+        files = [f for f in sorted(self.files()) if os.path.basename(f) < last] if start else []
+        files = [file for file in files if not file.endswith("_final.pth")]
+        for file in files[:-most] if self.save_to_disk else ():
+            os.remove(file)
+        return files[-most:]
+
+    def last_whole(self) -> str | None:
+        """The last checkpoint that is not damaged; a warning names those that are.
+
+        Raises:
+            ValueError: if there are only damaged ones.
+        """
+        damaged = []
+        for file in self.files():
+            try:
+                read_checkpoint(file)
+            except ValueError as error:
+                damaged.append(error)
+                continue
+            if damaged:
+                logger.warning("%s; the one before is taken, %s", damaged[0], file)
+            return file
+        if damaged:
+            raise damaged[0]
+        return None
+
     def _load_file(self, filename: str) -> dict[str, Any]:
-        return torch.load(filename, map_location="cpu", weights_only=True)
+        return read_checkpoint(filename)

@@ -11,6 +11,9 @@ from detectron2.utils.logger import setup_logger
 
 from ..data.mapper import DATA_ERRORS
 
+# What ends a training that is no fault of the program: wrong images, a full disk, a loss of NaN.
+RUN_ERRORS = (*DATA_ERRORS, FloatingPointError)
+
 LOGGERS = ("detbackbones", "detectron2", "fvcore")
 FORMAT = "[%(asctime)s] %(name)s %(levelname)s: %(message)s"
 
@@ -20,7 +23,7 @@ def logging_to(folder: str) -> Iterator[None]:
     """Log to the screen and to ``log.txt`` in a folder, and after that as before.
 
     Left out are two warnings of torch's at what detectron2 does in every run, and the traceback of
-    wrong images, which detectron2 would log before the error is raised.
+    :data:`RUN_ERRORS`, which detectron2 would log before the error is raised.
     """
     rank = comm.get_rank()
     os.makedirs(folder, exist_ok=True)  # another machine has none yet
@@ -35,19 +38,19 @@ def logging_to(folder: str) -> Iterator[None]:
         # not by its cache, which takes a second call for the first one's
         setup_logger.__wrapped__(distributed_rank=rank, name=name, abbrev_name=name)
         logging.getLogger(name).addHandler(file)
-    loop.addFilter(_is_no_data_error)
+    loop.addFilter(_is_a_fault)
     tracing.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.meshgrid: in an upcoming release")
             yield
     finally:
-        loop.removeFilter(_is_no_data_error)
+        loop.removeFilter(_is_a_fault)
         for one, handlers, propagate, level in before:
             one.handlers[:], one.propagate = handlers, propagate
             one.setLevel(level)
         file.close()
 
 
-def _is_no_data_error(record: logging.LogRecord) -> bool:
-    return not (record.exc_info and isinstance(record.exc_info[1], DATA_ERRORS))
+def _is_a_fault(record: logging.LogRecord) -> bool:
+    return not (record.exc_info and isinstance(record.exc_info[1], RUN_ERRORS))

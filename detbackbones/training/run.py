@@ -3,7 +3,8 @@
 import copy
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +27,9 @@ from ..messages import first_line, one_of
 from .agreement import check_channels, check_classes, check_fit, check_pixels
 from .checkpoint import Checkpointer, load_init_checkpoint
 from .curves import draw_curves
+from .evaluation import EvaluationHook, cut_metrics, missed_evaluation
+from .interrupt import InterruptHook
+from .lock import locked
 from .log import logging_to
 from .overrides import apply_overrides
 from .pictures import draw_predictions
@@ -60,11 +64,11 @@ def train(cfg: DictConfig, *, resume: bool = False, overwrite: bool = False) -> 
         ValueError, OSError, ImportError: if a setting, a file or the data is wrong.
     """
     cfg = check_config(cfg)
-    if comm.is_main_process():
-        prepare_output(cfg, resume=resume, overwrite=overwrite)
-    comm.synchronize()
-    with logging_to(cfg.train.output_dir):
-        return fit(prepare(cfg, resume=resume))
+    main = comm.is_main_process()
+    with reserved(cfg, resume=resume, overwrite=overwrite) if main else nullcontext():
+        comm.synchronize()
+        with logging_to(cfg.train.output_dir):
+            return fit(prepare(cfg, resume=resume))
 
 
 def evaluate(cfg: DictConfig) -> Results:
@@ -127,6 +131,18 @@ def check_config(
     return cfg
 
 
+@contextmanager
+def reserved(cfg: DictConfig, *, resume: bool = False, overwrite: bool = False) -> Iterator[None]:
+    """Have ``train.output_dir`` for one run alone, see :func:`prepare_output`.
+
+    Raises:
+        FileExistsError: as there, or if another run is in progress in it.
+    """
+    with locked(Path(cfg.train.output_dir)):
+        prepare_output(cfg, resume=resume, overwrite=overwrite)
+        yield
+
+
 def prepare_output(cfg: DictConfig, *, resume: bool = False, overwrite: bool = False) -> None:
     """Make ``train.output_dir``; refuse one that holds another run unless asked.
 
@@ -186,15 +202,18 @@ def prepare(cfg: DictConfig, *, resume: bool = False) -> Run:
         ValueError, OSError, ImportError: if something is wrong.
     """
     folder, main = cfg.train.output_dir, comm.is_main_process()
-    tagged = os.path.isfile(os.path.join(folder, "last_checkpoint"))
-    trainer = build_trainer(cfg, loads_all=resume and tagged)
+    there = _existing(Path(folder), "last_checkpoint", "model_[0-9]*.pth")
+    trainer = build_trainer(cfg, loads_all=resume and bool(there))
     model = trainer.model
     model = model.module if isinstance(model, DistributedDataParallel) else model
     checkpointer = Checkpointer(model, folder, save_to_disk=main, trainer=trainer)
     resumed = load_weights(cfg, checkpointer, last=resume)
+    start = trainer.iter + 1 if resumed else 0
     if main:
+        cut_metrics(Path(folder, "metrics.json"), start)
         LazyConfig.save(cfg, os.path.join(folder, "config.yaml"))
-    return Run(cfg, trainer, checkpointer, trainer.iter + 1 if resumed else 0)
+    comm.synchronize()
+    return Run(cfg, trainer, checkpointer, start)
 
 
 def build_trainer(cfg: DictConfig, *, loads_all: bool) -> Trainer:
@@ -265,34 +284,50 @@ def load_weights(cfg: DictConfig, checkpointer: Checkpointer, *, last: bool) -> 
         ValueError: if a checkpoint is damaged, or does not fit the model.
     """
     init = cfg.train.init_checkpoint
-    if last and checkpointer.has_checkpoint():
-        file = checkpointer.get_checkpoint_file()
+    file = checkpointer.last_whole() if last else None
+    if file:
         check_fit(checkpointer.model, file)
         checkpointer.load(file)
         return True
     if init:
-        load_init_checkpoint(checkpointer.model, init, allow_pickle=cfg.train.allow_pickle)
+        load_init_checkpoint(
+            checkpointer.model,
+            init,
+            allow_pickle=cfg.train.allow_pickle,
+            allow_partial=cfg.train.allow_partial,
+        )
     return False
 
 
 def fit(run: Run) -> Results:
-    """Train to ``train.max_iter``, then evaluate and draw; returns the metrics."""
+    """Train to ``train.max_iter``, then evaluate and draw; returns the metrics.
+
+    Raises:
+        Interrupted: if a signal ended it; there is a checkpoint to continue from.
+    """
     cfg, settings, model, main = run.cfg, run.cfg.train, run.model, comm.is_main_process()
     results: Results = {}
+    interrupt = InterruptHook(run.checkpointer.save)
+    keep = settings.checkpointer.max_to_keep
+    saving = hooks.PeriodicCheckpointer(
+        run.checkpointer, settings.checkpointer.period, max_to_keep=keep
+    )
+    saving.recent_checkpoints = run.checkpointer.kept(run.start_iter, keep)
+    missed = missed_evaluation(
+        Path(settings.output_dir, "metrics.json"),
+        run.start_iter,
+        settings.eval_period,
+        settings.max_iter,
+    )
+
+    def evaluation() -> Results:
+        results.update(evaluate_model(cfg, model, interrupt.check))
+        return results
+
     run.trainer.register_hooks(
         [hooks.IterationTimer(), hooks.LRScheduler(scheduler=instantiate(cfg.lr_multiplier))]
-    )
-    if main:
-        period, keep = settings.checkpointer.period, settings.checkpointer.max_to_keep
-        run.trainer.register_hooks(
-            [hooks.PeriodicCheckpointer(run.checkpointer, period, max_to_keep=keep)]
-        )
-    run.trainer.register_hooks(
-        [
-            hooks.EvalHook(
-                settings.eval_period, lambda: results.update(evaluate_model(cfg, model)) or results
-            )
-        ]
+        + ([saving] if main else [])
+        + [EvaluationHook(settings.eval_period, evaluation, missed)]
     )
     if main:
         writers = [
@@ -301,6 +336,7 @@ def fit(run: Run) -> Results:
             TensorboardXWriter(settings.output_dir),
         ]
         run.trainer.register_hooks([hooks.PeriodicWriter(writers, period=settings.log_period)])
+    run.trainer.register_hooks([interrupt])
     parameters = list(model.parameters())
     logger.info(
         "training %s on %s from iteration %d: %.1f M parameters, %.1f M of them trainable",
@@ -316,14 +352,22 @@ def fit(run: Run) -> Results:
     return results
 
 
-def evaluate_model(cfg: DictConfig, model: nn.Module) -> Results:
-    """Evaluate a model on the test set, with autocast if training has it."""
+def evaluate_model(
+    cfg: DictConfig, model: nn.Module, before_batch: Callable[[], None] | None = None
+) -> Results:
+    """Evaluate a model on the test set, with autocast if training has it.
+
+    Args:
+        cfg: the config.
+        model: the detector.
+        before_batch: is called before each batch.
+    """
     amp = cfg.train.amp
     dtype = AMP_DTYPES[amp.dtype] if amp.enabled else None
     with torch.autocast(cfg.train.device, dtype, enabled=amp.enabled):
-        return inference_on_dataset(
-            model, instantiate(cfg.dataloader.test), instantiate(cfg.dataloader.evaluator)
-        )
+        loader, evaluator = map(instantiate, (cfg.dataloader.test, cfg.dataloader.evaluator))
+        callbacks = {"before_inference": before_batch} if before_batch else None
+        return inference_on_dataset(model, loader, evaluator, callbacks)
 
 
 def draw_results(cfg: DictConfig, model: nn.Module) -> list[Path]:

@@ -93,6 +93,7 @@ SETTINGS: Mapping[str, Rule] = {
     "train.eval_period": whole(0),
     "train.log_period": whole(1),
     "train.pictures": whole(0),
+    "train.allow_partial": SWITCH,
     "train.allow_pickle": SWITCH,
     "train.amp.enabled": SWITCH,
     "train.amp.dtype": TEXT,

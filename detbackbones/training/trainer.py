@@ -105,7 +105,14 @@ class Trainer(SimpleTrainer):
             self.scaler.unscale_(self.optimizer)
             parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
             nn.utils.clip_grad_norm_(parameters, **self.clip_grad)
-        self._write_metrics(losses, data_time)
+        try:
+            self._write_metrics(losses, data_time)
+        except FloatingPointError as error:
+            values = ", ".join(f"{name} {value.item():.4g}" for name, value in losses.items())
+            raise FloatingPointError(
+                f"the loss of iteration {self.iter} is not finite ({values}): a lower optimizer.lr "
+                "or train.clip_grad.enabled=True may help"
+            ) from error
         self.scaler.step(self.optimizer)
         self.scaler.update()
 
