@@ -83,7 +83,7 @@ def test_a_file_is_taken_before_a_config_of_that_name(tmp_path, capsys, monkeypa
     monkeypatch.chdir(tmp_path)
     words = ["--config-file", "finetune/faster_rcnn.py"]
     assert run_main(cli, "train", *words) == 2  # that of the package, which needs data
-    assert "json_file='' must be" in capsys.readouterr().err
+    assert "dataset.train_json='' must be" in capsys.readouterr().err
     os.mkdir("finetune")
     with open("finetune/faster_rcnn.py", "w") as file:
         file.write("model = dict()\n")
