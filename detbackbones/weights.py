@@ -18,7 +18,9 @@ from safetensors.torch import load_file, save_file
 from .messages import first_line, nearest
 
 # Where our configs put a backbone within a detector, and where DDP puts the detector.
-_BACKBONE_KEY = re.compile(r"^(?:module\.)?backbone\.(?:(?:bottom_up|net)\.)?(?:timm_)?model\.")
+_BACKBONE_KEY = re.compile(
+    r"^(?:module\.)?backbone\.(?:(?:bottom_up|net)\.)?(?:timm_model\.(?:model\.)?|model\.)"
+)
 # What detectron2 calls a ResNet's parts, and timm and torchvision.
 _RESNET_KEY = re.compile(r"^(?:module\.)?backbone\.(?:bottom_up\.)?(?=(?:stem|res[2-5])\.)")
 _RESNET_NAMES = (

@@ -80,7 +80,8 @@ class FeatureBackbone(Backbone):
             ConnectionError: if pretrained weights cannot be downloaded.
         """
         super().__init__()
-        switches = {"fold": fold, "compile": compile, "grad_checkpointing": grad_checkpointing}
+        switches = {"pretrained": pretrained, "fold": fold, "compile": compile}
+        switches["grad_checkpointing"] = grad_checkpointing
         for key, value in switches.items():
             one_of(key, value, (True, False))
         one_of("channels_last", channels_last, (None, True, False))

@@ -65,8 +65,7 @@ def load_init_checkpoint(
     wanting: list[str] = []
     for name, backbone in backbones.items():
         keys = [key for key in own if key.startswith(f"{name}." if name else "")]
-        missing = unloaded(keys, fit)
-        count = len(keys) - len(missing)
+        missing, count = unloaded(keys, fit), len([key for key in keys if key in fit])
         if source and not any(key in fit for key in keys):
             try:
                 count, missing = backbone.load_source(source)
