@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import os
+import threading
 import warnings
 from collections.abc import Iterator
 
@@ -10,6 +11,7 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
 from ..data.mapper import DATA_ERRORS
+from ..messages import first_line
 
 # What ends a training that is no fault of the program: wrong images, a full disk, a loss of NaN.
 RUN_ERRORS = (*DATA_ERRORS, FloatingPointError)
@@ -22,8 +24,9 @@ FORMAT = "[%(asctime)s] %(name)s %(levelname)s: %(message)s"
 def logging_to(folder: str) -> Iterator[None]:
     """Log to the screen and to ``log.txt`` in a folder, and after that as before.
 
-    Left out are two warnings of torch's at what detectron2 does in every run, and the traceback of
-    :data:`RUN_ERRORS`, which detectron2 would log before the error is raised.
+    An error in a thread, such as TensorBoard's on a full disk, is a line. Left out are two warnings
+    of torch's at what detectron2 does in every run, and the traceback of :data:`RUN_ERRORS`, which
+    detectron2 would log before the error is raised.
     """
     rank = comm.get_rank()
     os.makedirs(folder, exist_ok=True)  # another machine has none yet
@@ -38,6 +41,7 @@ def logging_to(folder: str) -> Iterator[None]:
         # not by its cache, which takes a second call for the first one's
         setup_logger.__wrapped__(distributed_rank=rank, name=name, abbrev_name=name)
         logging.getLogger(name).addHandler(file)
+    hook, threading.excepthook = threading.excepthook, _say_in_a_line
     loop.addFilter(_is_a_fault)
     tracing.setLevel(logging.ERROR)
     try:
@@ -46,6 +50,7 @@ def logging_to(folder: str) -> Iterator[None]:
             yield
     finally:
         loop.removeFilter(_is_a_fault)
+        threading.excepthook = hook
         for one, handlers, propagate, level in before:
             one.handlers[:], one.propagate = handlers, propagate
             one.setLevel(level)
@@ -54,3 +59,9 @@ def logging_to(folder: str) -> Iterator[None]:
 
 def _is_a_fault(record: logging.LogRecord) -> bool:
     return not (record.exc_info and isinstance(record.exc_info[1], RUN_ERRORS))
+
+
+def _say_in_a_line(thread: threading.ExceptHookArgs) -> None:
+    logging.getLogger(__name__).warning(
+        "%s: %s", thread.exc_type.__name__, first_line(thread.exc_value or thread.exc_type())
+    )

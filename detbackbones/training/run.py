@@ -15,7 +15,7 @@ from detectron2.engine import hooks
 from detectron2.engine.defaults import create_ddp_model
 from detectron2.evaluation import inference_on_dataset
 from detectron2.utils import comm
-from detectron2.utils.events import JSONWriter, TensorboardXWriter
+from detectron2.utils.events import TensorboardXWriter
 from omegaconf import DictConfig, OmegaConf
 from tabulate import tabulate
 from torch import nn
@@ -27,10 +27,15 @@ from ..messages import first_line, one_of
 from .agreement import check_channels, check_classes, check_fit, check_pixels
 from .checkpoint import Checkpointer, load_init_checkpoint
 from .curves import draw_curves
-from .evaluation import EvaluationHook, cut_metrics, missed_evaluation
 from .interrupt import InterruptHook
 from .lock import locked
 from .log import logging_to
+from .metrics import (
+    EvaluationHook,
+    MetricsWriter,
+    cut_metrics,
+    missed_evaluation,
+)
 from .overrides import apply_overrides
 from .pictures import draw_predictions
 from .progress import ProgressPrinter
@@ -320,23 +325,24 @@ def fit(run: Run) -> Results:
         settings.max_iter,
     )
 
+    missed = comm.all_gather(missed)[0]  # as the main process sees it
+
     def evaluation() -> Results:
         results.update(evaluate_model(cfg, model, interrupt.check))
         return results
 
-    run.trainer.register_hooks(
-        [hooks.IterationTimer(), hooks.LRScheduler(scheduler=instantiate(cfg.lr_multiplier))]
-        + ([saving] if main else [])
-        + [EvaluationHook(settings.eval_period, evaluation, missed)]
-    )
+    timing = [hooks.IterationTimer(), hooks.LRScheduler(scheduler=instantiate(cfg.lr_multiplier))]
+    writing = []
     if main:
-        writers = [
-            ProgressPrinter(settings.max_iter, cfg.dataloader.train.total_batch_size),
-            JSONWriter(os.path.join(settings.output_dir, "metrics.json")),
-            TensorboardXWriter(settings.output_dir),
-        ]
-        run.trainer.register_hooks([hooks.PeriodicWriter(writers, period=settings.log_period)])
-    run.trainer.register_hooks([interrupt])
+        file = MetricsWriter(os.path.join(settings.output_dir, "metrics.json"))
+        screen = ProgressPrinter(settings.max_iter, cfg.dataloader.train.total_batch_size)
+        writers = [screen, file, TensorboardXWriter(settings.output_dir)]
+        writing = [hooks.PeriodicWriter(writers, settings.log_period)]
+    evaluating = EvaluationHook(
+        settings.eval_period, evaluation, before=file.write if main else None, missed=missed
+    )
+    saving = [saving] if main else []
+    run.trainer.register_hooks([*timing, *saving, evaluating, *writing, interrupt])
     parameters = list(model.parameters())
     logger.info(
         "training %s on %s from iteration %d: %.1f M parameters, %.1f M of them trainable",

@@ -13,7 +13,7 @@ from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..messages import one_of
+from ..messages import first_line, one_of
 
 AMP_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -97,7 +97,10 @@ class Trainer(SimpleTrainer):
 
         seed_step(self.seed, self.rank, self.iter)
         with torch.autocast(self.device, self.amp_dtype, enabled=self.amp_dtype is not None):
-            losses = self.model(data)
+            try:
+                losses = self.model(data)
+            except FloatingPointError as error:  # as detectron2 calls predictions of NaN
+                raise self._diverged(first_line(error).rstrip(".")) from error
             total = sum(losses.values())
         self.optimizer.zero_grad()
         self.scaler.scale(total).backward()
@@ -109,12 +112,13 @@ class Trainer(SimpleTrainer):
             self._write_metrics(losses, data_time)
         except FloatingPointError as error:
             values = ", ".join(f"{name} {value.item():.4g}" for name, value in losses.items())
-            raise FloatingPointError(
-                f"the loss of iteration {self.iter} is not finite ({values}): a lower optimizer.lr "
-                "or train.clip_grad.enabled=True may help"
-            ) from error
+            raise self._diverged(f"the loss is not finite ({values})") from error
         self.scaler.step(self.optimizer)
         self.scaler.update()
+
+    def _diverged(self, what: str) -> FloatingPointError:
+        advice = "a lower optimizer.lr or train.clip_grad.enabled=True may help"
+        return FloatingPointError(f"iteration {self.iter}: {what}: {advice}")
 
     def state_dict(self) -> dict[str, Any]:
         """Iteration, optimizer, gradient scaler, seed and loss normalizers."""
