@@ -4,10 +4,11 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import Backbone
 from torch import nn
@@ -19,6 +20,8 @@ from ..adapt.memory_format import gains_from_channels_last
 from ..adapt.norm import NORMS, convert_norm, is_batch_norm
 from ..adapt.prune import prune
 from ..measure.levels import output_list
+from ..measure.meta import meta_state, run_on_meta
+from ..measure.sizes import ANY_SIZE, SizeRule
 from ..measure.trace import record
 from ..messages import one_of, whole_number
 from ..weights import backbone_state_dict, fitting, read_state_dict, unloaded
@@ -183,16 +186,20 @@ class FeatureBackbone(Backbone):
     def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
         """
         Args:
-            x: images (N, C, H, W); H and W are multiples of ``size_divisibility``.
+            x: images (N, C, H, W). Where the model does not take their size, they are padded with
+                zeros at the bottom and at the right, to what detectron2 pads images to.
 
         Returns:
-            each level's feature map (N, C, H / stride, W / stride), fine to coarse.
+            each level's feature map (N, C, ceil(H / stride), ceil(W / stride)), fine to coarse; of
+            a model that takes the size by itself, with the rows and columns that it gives.
 
         Raises:
-            ValueError: if the model does not take images of this size.
+            ValueError: if the model takes only images of a smaller size.
         """
-        size = tuple(x.shape[-2:])
-        self._sizes.check(size)
+        size = height, width = tuple(x.shape[-2:])
+        whole = self._whole(size)
+        if whole != size:
+            x = F.pad(x, (0, whole[1] - width, 0, whole[0] - height))
         channels_last = self._channels_last
         if channels_last is None:
             channels_last = x.is_cpu and self._channels_last_on_cpu
@@ -202,9 +209,37 @@ class FeatureBackbone(Backbone):
         if self._checkpoints:
             run = partial(self._checkpoints.run, run)
         outputs = output_list(run(x))
-        return {
-            name: level.feature_map(outputs[i], size) for name, (i, level) in self._levels.items()
+        maps = {
+            name: level.feature_map(outputs[i], whole) for name, (i, level) in self._levels.items()
         }
+        if whole == size:
+            return maps
+        strides = self._out_feature_strides
+        return {
+            name: level[..., : -(-height // strides[name]), : -(-width // strides[name])]
+            for name, level in maps.items()
+        }
+
+    def _whole(self, size: tuple[int, int]) -> tuple[int, int]:
+        """The (height, width) that images of a size are padded to."""
+        step = self.size_divisibility
+        if size[0] % step == 0 == size[1] % step and not self._sizes.img_size:
+            return size
+        if self._sizes == ANY_SIZE and self._takes_any_size:
+            return size
+        rule = self._sizes if self._sizes.img_size else SizeRule(step)
+        return rule.padded(size)
+
+    @cached_property
+    def _takes_any_size(self) -> bool:
+        """Whether the model runs on images that are no multiples of its strides."""
+        height, width = self._sizes.probe
+        shape = (1, self.source.in_channels, height + 3, width + 5)
+        try:
+            run_on_meta(self.extractor, meta_state(self.extractor), shape)
+        except Exception:  # a model may fail in any way
+            return False
+        return True
 
     @property
     def extractor(self) -> nn.Module:
@@ -217,7 +252,7 @@ class FeatureBackbone(Backbone):
 
     @property
     def size_divisibility(self) -> int:
-        """Height and width of the input must be multiples of this.
+        """Height and width of the input should be multiples of this; others are padded to it.
 
         A model that takes images of N x N alone has N here: detectron2 then pads smaller images to
         N x N, and larger ones to a size that is refused. (Its padding constraint ``square_size``

@@ -40,23 +40,25 @@ class SizeRule:
         n = math.ceil(PROBE_SIZE[0] / self.divisor)
         return n * self.divisor, (n + 1) * self.divisor
 
-    def check(self, size: tuple[int, int]) -> None:
-        """Refuse images of another (height, width).
+    def padded(self, size: tuple[int, int]) -> tuple[int, int]:
+        """The least (height, width) that the model takes and that an image fits into.
+
+        Args:
+            size: (height, width) of the image.
 
         Raises:
-            ValueError: with what the model takes instead.
+            ValueError: if the image is larger than the only size that the model takes.
         """
         n = self.img_size
-        if n and tuple(size) != (n, n):
+        if n and max(size) > n:
             raise ValueError(
-                f"images padded to {size[0]}x{size[1]} do not fit the model, which takes images "
-                f"of at most img_size={n}, padded to {n}x{n}: shrink them, or give img_size"
+                f"images of {size[0]}x{size[1]} do not fit the model, which takes images of at "
+                f"most img_size={n}, padded to {n}x{n}: shrink them, or give img_size"
             )
-        if size[0] % self.divisor or size[1] % self.divisor:
-            raise ValueError(
-                f"images padded to {size[0]}x{size[1]} do not fit the model, which takes "
-                f"multiples of size_divisibility={self.divisor}"
-            )
+        if n:
+            return n, n
+        height, width = (math.ceil(side / self.divisor) * self.divisor for side in size)
+        return height, width
 
 
 ANY_SIZE = SizeRule()

@@ -6,7 +6,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from detbackbones import TimmBackbone, TorchvisionBackbone
+from detbackbones import TimmBackbone, TorchvisionBackbone, build_pyramid
 from detbackbones.measure.sizes import SizeRule, find_size_rule
 from detectron2.structures import ImageList
 from support import assert_close, images
@@ -134,8 +134,7 @@ def test_images_are_padded_to_whole_windows():
     batch = padded(backbone, (250, 333), (201, 300))
     assert batch.shape == (2, 3, 256, 512)
     assert backbone(batch)["res5"].shape == (2, 256, 8, 16)
-    with pytest.raises(ValueError, match="288x256 do not fit .* size_divisibility=256"):
-        backbone(images(1, 3, 288, 256))
+    assert backbone(images(1, 3, 288, 256))["res5"].shape == (1, 256, 9, 8)  # by itself
 
 
 def test_images_are_padded_to_the_only_size():
@@ -230,3 +229,51 @@ def test_torchvision_img_size():
         TorchvisionBackbone("vit_b_16", img_size=300)
     with pytest.raises(ValueError, match="img_size=448 has no meaning for resnet18"):
         TorchvisionBackbone("resnet18", img_size=448)
+
+
+ODD = {
+    "resnet18": {},
+    "vgg11": {},
+    "convnext_atto": {},
+    "swin_tiny_patch4_window7_224": {},
+    "vit_tiny_patch16_224": {},
+    "hrnet_w18_small": {},
+    "dla34": {},
+    "maxvit_rmlp_pico_rw_256": {},
+    "coatnet_pico_rw_224": {"img_size": 160},
+    "hiera_tiny_224": {"img_size": 224},
+    "levit_128s": {},
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_images_that_nobody_padded(name):
+    """The maps are those of the image padded as detectron2 pads it, of ceil(size / stride)."""
+    torch.manual_seed(0)
+    backbone = TimmBackbone(name, **ODD[name]).eval()
+    x = images(1, 3, 131, 157)
+    whole = padded(backbone, (131, 157))
+    whole[:] = 0
+    whole[..., :131, :157] = x
+    with torch.no_grad():
+        ours, wanted = backbone(x), backbone(whole)
+        pyramid = build_pyramid(backbone, out_channels=8).eval()(x)
+    native = name in ("resnet18", "vgg11", "convnext_atto")  # they take any size, and round
+    for level, shape in backbone.output_shape().items():
+        height, width = -(-131 // shape.stride), -(-157 // shape.stride)
+        if native:
+            assert abs(ours[level].shape[2] - 131 / shape.stride) < 1
+        else:
+            assert ours[level].shape[2:] == (height, width)
+            assert torch.equal(ours[level], wanted[level][..., :height, :width])
+    for level in ("p2", "p3", "p4", "p5"):
+        stride = 2 ** int(level[1])
+        size = pyramid[level].shape
+        if native:
+            assert abs(size[2] - 131 / stride) < 1 and abs(size[3] - 157 / stride) < 1
+        else:
+            assert size[2:] == (-(-131 // stride), -(-157 // stride))
+    images_at_once = images(2, 3, *whole.shape[2:])
+    with torch.no_grad():
+        for level in backbone(images_at_once).values():  # where nothing is to be padded
+            assert level.shape[0] == 2

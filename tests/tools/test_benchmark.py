@@ -140,15 +140,15 @@ def test_wrong_arguments_are_refused_in_a_sentence(run, words, message):
 
 
 def test_a_model_that_fails_is_a_row(run, tmp_path):
-    models = "--models=levit_128s,test_resnet"  # the first is for images of 224 x 224
-    code, out, _ = run(models, "--inference", "--output", tmp_path)
+    models = "--models=levit_128s,test_resnet"  # the first is for images of up to 224 x 224
+    code, out, _ = run(models, "--inference", "--size=256", "--output", tmp_path)
     assert code == 1
     assert [row[0] for row in cells(out)] == [
         *("test_resnet",) * 2,
         "levit_128s",
         "geometric mean of 1",
     ]
-    assert "images padded to 64x64 do not fit" in cells(out)[2][-1]
+    assert "images of 256x256 do not fit" in cells(out)[2][-1]
     assert list(json.loads((tmp_path / "benchmark.json").read_text())["failures"]) == ["levit_128s"]
 
 
