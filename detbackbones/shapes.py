@@ -10,7 +10,7 @@ from detectron2.modeling import Backbone
 
 from .config import without_weights
 from .measure.meta import NumbersOnCPU
-from .messages import first_line
+from .messages import first_line, one_of
 
 
 def output_shapes(backbone: Backbone | Mapping[str, Any]) -> dict[str, ShapeSpec]:
@@ -63,3 +63,18 @@ def _on_meta(config: Mapping[str, Any]) -> Any:
 def output_names(backbone: Backbone | Mapping[str, Any]) -> list[str]:
     """Names of a backbone's levels, fine to coarse; the argument as in :func:`output_shapes`."""
     return list(output_shapes(backbone))
+
+
+def output_channels(backbone: Backbone | Mapping[str, Any], level: str) -> int:
+    """Channels of one level of a backbone, for a detector that takes one alone.
+
+    Args:
+        backbone: as in :func:`output_shapes`.
+        level: its name, such as "res5".
+
+    Raises:
+        ValueError: if the backbone has no such level.
+    """
+    shapes = output_shapes(backbone)
+    one_of("level", level, shapes)
+    return shapes[level].channels

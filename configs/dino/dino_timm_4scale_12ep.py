@@ -8,7 +8,11 @@ from detectron2.config import LazyCall as L
 from ..common.detrex import dataloader, lr_multiplier, model, optimizer, train  # noqa: F401
 
 model.backbone = L(TimmBackbone)(
-    model_name="resnet152d", pretrained=True, out_indices=(1, 2, 3), norm="FrozenBN", freeze_at=1
+    model_name="resnet152d",
+    pretrained=True,
+    out_features=["res3", "res4", "res5"],  # by stride: indices differ from family to family
+    norm="FrozenBN",
+    freeze_at=1,
 )
 model.neck.input_shapes = L(output_shapes)(backbone={"config": "${....backbone}"})
 model.neck.in_features = L(output_names)(backbone={"config": "${....backbone}"})

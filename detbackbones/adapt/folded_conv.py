@@ -56,7 +56,7 @@ class FoldedConv2d(nn.Conv2d):
             outputs = n * self.out_channels * h * w // math.prod(self.stride)
             if outputs < self.weight.numel():
                 return self._norm[0].normalise(self._conv_forward(x, self.weight, self.bias))
-        remembers = not (learns or torch.compiler.is_compiling())
+        remembers = not (learns or torch.compiler.is_compiling() or torch.jit.is_tracing())
         weight, bias = self._remember(x) if remembers else self._product()
         return self._conv_forward(x, weight, bias)
 

@@ -3,6 +3,7 @@
 Nothing here needs detectron2 or torch, which may not be installed yet.
 """
 
+import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -46,4 +47,8 @@ def main(words: Sequence[str] | None = None) -> None:
     if _MISSING and command != "install-detectron2":
         fail(command, _MISSING)
     module = import_module(f".{command.replace('-', '_')}", __package__)
-    module.main(words[1:])
+    try:
+        module.main(words[1:])
+    except BrokenPipeError:  # whoever read what is printed has had enough, as `head` has
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)

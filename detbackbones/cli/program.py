@@ -18,6 +18,8 @@ def new_parser(command: str, doc: str) -> argparse.ArgumentParser:
 
 def fail(command: str, error: Exception | str) -> NoReturn:
     """End with exit status 2 and the error's sentence, on one line."""
+    if isinstance(error, BrokenPipeError):  # whoever reads what is printed has had enough
+        raise error
     lines = str(error).strip().splitlines() or [type(error).__name__]
     if lines[0].startswith("Caught "):  # and raised again, with a traceback, by a data loader
         lines = [re.sub(r"^[\w.]+: ", "", lines[-1])]

@@ -36,7 +36,7 @@ def work(command: str, cfg: DictConfig, resume: bool) -> None:
         fail(command, error)
     except Interrupted as error:
         if comm.is_main_process():
-            print(f"detbackbones {command}: {error}: continue with --resume", file=sys.stderr)
+            print(f"detbackbones {command}: {error}", file=sys.stderr)
         sys.exit(128 + error.signum)
 
 

@@ -147,6 +147,30 @@ def choose_levels(
     return names
 
 
+def _check_trainable(architecture: Architecture, settings: Mapping[str, Any]) -> None:
+    """Refuse settings that transformers takes and then cannot train with.
+
+    Raises:
+        ValueError: if a parameter would have no gradient, which distributed training refuses at its
+            second step, or the model would fail at the first image.
+    """
+    if architecture.pyramid and not settings["auxiliary_loss"]:
+        raise ValueError(
+            "config_kwargs: auxiliary_loss=False must be left out: the encoder's part in choosing "
+            "queries would have no loss"
+        )
+    if settings.get("learn_initial_query"):
+        raise ValueError(
+            "config_kwargs: learn_initial_query=True must be left out: transformers' model fails "
+            "with it"
+        )
+    if settings.get("decoder_layers", 2) < 2:
+        raise ValueError(
+            f"config_kwargs: decoder_layers={settings['decoder_layers']} must be at least 2: with "
+            "one, transformers ties no weights or leaves some without a gradient"
+        )
+
+
 def build_config(
     architecture: str,
     shapes: Sequence[ShapeSpec],
@@ -200,7 +224,8 @@ def build_config(
             raise ValueError(f"config_kwargs has {key!r}: {nearest(key, default)}")
     if num_queries is None:
         del computed["num_queries"]
-    settings = (base.to_dict() if base else {"auxiliary_loss": True}) | kwargs | computed
+    settings = (base.to_dict() if base else {}) | {"auxiliary_loss": True} | kwargs | computed
+    _check_trainable(ARCHITECTURES[architecture], settings)
     for key in ("id2label", "label2id", "model_type"):  # these of num_classes take their place
         settings.pop(key, None)
     if "decoder_in_channels" in computed:

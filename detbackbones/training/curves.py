@@ -59,6 +59,9 @@ def draw_curves(metrics_file: str | Path, path: str | Path) -> Path:
                 axes[key].legend(fontsize=9)
             axes[key].set_xlabel("iteration")
             axes[key].xaxis.set_major_locator(MaxNLocator(integer=True))
+    iterations = np.concatenate([curves[name][0] for name in [*losses, *metrics]])
+    margin = 0.03 * np.ptp(iterations) + 0.5  # the last evaluation comes after the last loss
+    axes["lr"].set_xlim(iterations.min() - margin, iterations.max() + margin)
     axes["loss"].tick_params(labelbottom=False)
     axes["loss"].set_xlabel("")
     path = Path(path)

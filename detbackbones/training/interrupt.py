@@ -28,7 +28,10 @@ class Interrupted(KeyboardInterrupt):
 
     def __init__(self, signum: int, iteration: int):
         name = signal.Signals(signum).name
-        super().__init__(f"interrupted by {name}, with a checkpoint of iteration {iteration}")
+        super().__init__(
+            f"interrupted by {name} after iteration {iteration + 1}, of which there is a "
+            "checkpoint: continue with --resume, or resume=True"
+        )
         self.signum = signum
 
 

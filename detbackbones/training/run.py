@@ -290,6 +290,8 @@ def load_weights(cfg: DictConfig, checkpointer: Checkpointer, *, last: bool) -> 
     """
     init = cfg.train.init_checkpoint
     file = checkpointer.last_whole() if last else None
+    if last and not file:
+        logger.warning("there is no checkpoint to continue from in %s", cfg.train.output_dir)
     if file:
         check_fit(checkpointer.model, file)
         checkpointer.load(file)

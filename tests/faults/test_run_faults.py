@@ -128,7 +128,7 @@ def test_a_signal_ends_a_run_with_a_checkpoint(tiny, tmp_path, whole, number, mo
     assert process.returncode == 128 + number, output
     assert seconds < 10
     (line,) = [x for x in output.splitlines() if x.startswith("detbackbones train: ")]
-    wanted = rf"interrupted by {number.name}, with a checkpoint of iteration \d+: .*--resume"
+    wanted = rf"interrupted by {number.name} after iteration \d+, .*: continue with --resume"
     assert re.search(wanted, line)
     assert "Traceback" not in output
     assert not (folder / "run.lock").exists()
