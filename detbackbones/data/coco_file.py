@@ -144,7 +144,8 @@ def _section(path: Path, data: object, name: str) -> list[Entry]:
     if not isinstance(entries, list):
         raise ValueError(f"json_file='{path}' must be a COCO file, with a list {name!r}")
     if not entries:
-        raise ValueError(f"'{path}': {name}=[] must have at least one entry")
+        hint = ": without, images can be predicted alone, from Python" * (name == "annotations")
+        raise ValueError(f"'{path}': {name}=[] must have at least one entry{hint}")
     for i, entry in enumerate(entries):
         for key in _KEYS[name]:
             if not isinstance(entry, dict) or key not in entry:

@@ -113,3 +113,24 @@ def check_fit(model: nn.Module, file: str) -> None:
             f"checkpoint {file!r} is not of this model: {len(wrong)} of the model's {len(own)} "
             f"tensors are missing in it or of another shape ({wrong[0]}, ...)"
         )
+
+
+def frozen_at_random(cfg: DictConfig) -> str:
+    """What is wrong with a backbone that keeps random weights as they are; empty if nothing is.
+
+    Args:
+        cfg: of a training that starts from no checkpoint.
+    """
+    backbone = cfg.model.get("backbone") or {}
+    backbone = backbone.get("bottom_up") or backbone
+    given = [backbone.get(key) for key in ("pretrained", "weights", "checkpoint_path")]
+    if "pretrained" not in backbone or any(given):
+        return ""
+    kept = [f"freeze_at={backbone.freeze_at}"] if backbone.get("freeze_at") else []
+    kept += ["norm=FrozenBN"] if backbone.get("norm") == "FrozenBN" else []
+    if not kept:
+        return ""
+    return (
+        f"the backbone starts from random weights, and {' and '.join(kept)} keep a part of them as "
+        "they are: give it weights, or norm=BN and freeze_at=0"
+    )

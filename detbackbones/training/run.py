@@ -24,7 +24,13 @@ from torch.nn.parallel import DistributedDataParallel
 from ..config import get_config, without_weights
 from ..data.verify import verify_images
 from ..messages import first_line, one_of
-from .agreement import check_channels, check_classes, check_fit, check_pixels
+from .agreement import (
+    check_channels,
+    check_classes,
+    check_fit,
+    check_pixels,
+    frozen_at_random,
+)
 from .checkpoint import Checkpointer, load_init_checkpoint
 from .curves import draw_curves
 from .interrupt import InterruptHook
@@ -214,6 +220,8 @@ def prepare(cfg: DictConfig, *, resume: bool = False) -> Run:
     checkpointer = Checkpointer(model, folder, save_to_disk=main, trainer=trainer)
     resumed = load_weights(cfg, checkpointer, last=resume)
     start = trainer.iter + 1 if resumed else 0
+    if not (resumed or cfg.train.init_checkpoint) and (odd := frozen_at_random(cfg)):
+        logger.warning(odd)
     if main:
         cut_metrics(Path(folder, "metrics.json"), start)
         LazyConfig.save(cfg, os.path.join(folder, "config.yaml"))

@@ -2,8 +2,9 @@
 
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
@@ -160,6 +161,8 @@ def check_settings(cfg: DictConfig) -> None:
     for section in SECTIONS:
         if not isinstance(cfg.get(section), DictConfig):
             raise ValueError(f"{section}={cfg.get(section)!r} must be a section of settings")
+    for section in ("train", "dataset"):
+        _check_names(section, cfg.get(section) or {})
     for key, rule in SETTINGS.items():
         value = _setting(cfg, key)
         if value is not _ABSENT and not rule.fits(value):
@@ -167,6 +170,16 @@ def check_settings(cfg: DictConfig) -> None:
     if "train_json" in (cfg.get("dataset") or {}):
         for key, (exists, what) in PATHS.items():
             existing(key, _setting(cfg, key), exists, what)
+
+
+def _check_names(section: str, given: Iterable[str]) -> None:
+    """Refuse a name that is nearly that of a setting; other trainers have settings of their own."""
+    known = {key.split(".")[1] for key in SETTINGS if key.startswith(f"{section}.")}
+    for key in given:
+        if key not in known and (close := get_close_matches(key, known, 1, 0.85)):
+            raise ValueError(
+                f"config key '{section}.{key}' is unknown: the nearest is '{section}.{close[0]}'"
+            )
 
 
 def _setting(cfg: DictConfig, key: str) -> Any:

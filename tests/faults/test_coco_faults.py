@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from detbackbones.data.coco import register_coco
+from detbackbones.data.coco import coco_evaluator, register_coco
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation import COCOEvaluator
 from detectron2.structures import Boxes, Instances
@@ -230,11 +230,11 @@ def test_wrong_masks_leave_the_boxes(folder, spoil, caplog):
     assert perfect(name)["AP"] == pytest.approx(100)
 
 
-def perfect(name):
+def perfect(name=None, evaluator=None):
     """The metrics of predictions that are the truth."""
-    evaluator = COCOEvaluator(name, tasks=("bbox",))
+    evaluator = evaluator or COCOEvaluator(name, tasks=("bbox",))
     evaluator.reset()
-    for record in DatasetCatalog.get(name):
+    for record in DatasetCatalog.get(name or evaluator._metadata.name):
         found = Instances((record["height"], record["width"]))
         corners = [
             [x, y, x + w, y + h] for x, y, w, h in (a["bbox"] for a in record["annotations"])
@@ -402,3 +402,9 @@ def test_short_polygons_beside_good_ones_are_left_out(folder, mask, caplog):
     name = register(folder, data, mask_format="polygon")
     assert f"{len(mask) - 1} polygons have less than three points: left out" in caplog.text
     assert DatasetCatalog.get(name)[0]["annotations"][0]["segmentation"] == [SQUARE]
+
+
+@pytest.mark.parametrize("limits", [None, 50, [1, 10, 100], [2, 5, 7]])
+def test_detections_are_limited_as_coco_does(folder, limits):
+    evaluator = coco_evaluator(register(folder, coco()), limits, tasks=("bbox",))
+    assert perfect(evaluator=evaluator)["AP"] == pytest.approx(100)

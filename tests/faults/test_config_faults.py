@@ -7,6 +7,8 @@ import re
 import pytest
 import yaml
 from detbackbones import get_config, load_config
+from detbackbones.data.coco import coco_evaluator
+from detbackbones.training.agreement import frozen_at_random
 from detbackbones.training.run import check_config
 from detectron2.config import LazyConfig, instantiate
 from omegaconf import OmegaConf
@@ -264,3 +266,44 @@ def test_paths_are_paths_and_no_syntax(tiny, tmp_path, name):
     assert cfg.train.output_dir == str(folder / "run")
     dataset = instantiate(cfg.dataloader.train.dataset)
     assert len(dataset) == len(json.loads((tiny / "train.json").read_text())["images"])
+
+
+@pytest.mark.parametrize("key", ["train.max_itr", "train.evalperiod", "dataset.train_jsn"])
+def test_misspelled_settings_of_a_program_are_refused(tiny, key):
+    """In Python nothing else would notice them; settings of other trainers pass."""
+    cfg = get_config("finetune/faster_rcnn.py")
+    for word in data_words(tiny):
+        name, _, value = word.partition("=")
+        OmegaConf.update(cfg, name, value)
+    OmegaConf.update(cfg, "train.wandb.enabled", False, force_add=True)
+    OmegaConf.update(cfg, "train.model_ema", {"enabled": False}, force_add=True)
+    check_config(cfg)
+    OmegaConf.update(cfg, key, 3, force_add=True)
+    with pytest.raises(ValueError, match=f"config key '{key}' is unknown: the nearest is '"):
+        check_config(cfg)
+
+
+FROZEN = {
+    "as it is": ({}, "freeze_at=2 and norm=FrozenBN keep a part of them as they are"),
+    "a checkpoint": ({"checkpoint_path": "a.pth"}, ""),
+    "pretrained": ({"pretrained": True}, ""),
+    "a part": ({"norm": "BN"}, "freeze_at=2 keep a part of them"),
+    "nothing": ({"norm": "BN", "freeze_at": 0}, ""),
+}
+
+
+@pytest.mark.parametrize(("change", "said"), FROZEN.values(), ids=FROZEN)
+@pytest.mark.parametrize("name", ["faster_rcnn", "rt_detr", "mask_rcnn_torchvision"])
+def test_random_weights_that_are_frozen_are_said(change, said, name):
+    cfg = get_config(f"finetune/{name}.py")
+    backbone = cfg.model.backbone.get("bottom_up") or cfg.model.backbone
+    none = {"weights": None} if "torchvision" in name else {"pretrained": False}
+    backbone.update({"pretrained": False, **none, **change})
+    found = frozen_at_random(cfg)
+    assert said in found if said else not found
+
+
+@pytest.mark.parametrize("limits", [[1, 10], [1, 10, 100, 300], [10, 1, 100], [0, 1, 2], ["a"] * 3])
+def test_wrong_limits_of_detections_are_refused(limits):
+    with pytest.raises(ValueError, match="max_dets_per_image=.* must be a whole number from 1, or"):
+        coco_evaluator("coco_2017_val", limits)
