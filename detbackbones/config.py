@@ -44,8 +44,8 @@ def get_config(name: str) -> DictConfig:
 def load_config(file: str | Path, *, trust: bool = False) -> DictConfig:
     """Load a config from a file.
 
-    A Python file is a program, which is run. Of a YAML file no tag is executed; what it calls must
-    be of this package and those that it builds on, unless it is trusted.
+    A Python file is a program, which is run. Of a YAML file that is not trusted no tag is executed,
+    and it may call what defines detectors, data and optimizers alone.
 
     Args:
         file: a ``.py`` LazyConfig, or a ``.yaml`` file such as a run's ``config.yaml``.
@@ -151,7 +151,8 @@ def without_weights(config: Any) -> Any:
 
     Args:
         config: of a backbone, with others in it such as ``bottom_up``; its interpolations are
-            resolved.
+            resolved. A TorchvisionBackbone keeps the name of its weights, for some of them ask for
+            another model (a ViT for other images, an Inception that transforms its input).
     """
     if OmegaConf.is_config(config):
         config = OmegaConf.to_container(
@@ -162,4 +163,8 @@ def without_weights(config: Any) -> Any:
     if not isinstance(config, dict):
         return config
     none = NO_WEIGHTS if "_target_" in config else {}
-    return {k: none[k] if k in none else without_weights(v) for k, v in config.items()}
+    plain = {k: none[k] if k in none else without_weights(v) for k, v in config.items()}
+    target = config.get("_target_")
+    if str(getattr(target, "__name__", target)).endswith("TorchvisionBackbone"):
+        plain |= {"weights": config.get("weights"), "pretrained": False}
+    return plain

@@ -3,6 +3,7 @@
 A LazyConfig calls what its ``_target_`` keys name, so that one is a program.
 """
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,16 +13,21 @@ from detectron2.utils.registry import locate
 
 from .messages import first_line
 
-PACKAGES = ("detbackbones", "detectron2", "torch", "torchvision", "timm", "transformers", "fvcore")
-# In these packages, but made to run what is in a file or at an address.
-RUNNERS = (
-    "detectron2.config",
-    "detectron2.utils.registry",
-    "torch.hub",
-    "torch.package",
-    "torch.serialization",
-    "torch.utils.cpp_extension",
+# Where detectors, data and optimizers are defined. Other modules of these packages run what is in a
+# file, at an address, or in a text.
+MODULES = (
+    *("detbackbones.backbones", "detbackbones.data", "detbackbones.detr", "detbackbones.heads"),
+    *("detbackbones.shapes", "detbackbones.training.optim"),
+    *("detectron2.data", "detectron2.evaluation", "detectron2.layers", "detectron2.modeling"),
+    *("detectron2.projects", "detectron2.solver", "detectron2.structures"),
+    "fvcore.common.param_scheduler",
+    *("timm.data", "timm.layers", "timm.models", "timm.optim", "timm.scheduler"),
+    *("torch.nn", "torch.optim", "torchvision.models", "torchvision.ops", "torchvision.transforms"),
 )
+EXCEPT = ("timm.models._", "timm.data.readers", "torch.nn.parallel")
+
+
+_ADVICE = "read the file, and give --trust if you trust it"
 
 
 class _Loader(yaml.SafeLoader):
@@ -41,15 +47,18 @@ def read_yaml(file: Path, *, trust: bool = False) -> dict[str, Any]:
 
     Args:
         file: of the config.
-        trust: whether ``_target_`` may name what is in none of :data:`PACKAGES`, and the config may
-            ask for pickled checkpoints.
+        trust: whether tags are executed, ``_target_`` may name what is in none of :data:`MODULES`,
+            interpolations may call resolvers, and the config may ask for pickled checkpoints.
 
     Raises:
         ValueError: if it is no YAML, has other tags than those of plain values and tuples, or needs
             trust; names the line or the key.
     """
     try:
-        content = yaml.load(file.read_bytes(), _Loader)
+        content = yaml.load(file.read_bytes(), yaml.UnsafeLoader if trust else _Loader)
+    except yaml.constructor.ConstructorError as error:
+        line = error.problem_mark.line + 1
+        raise ValueError(f"{file}, line {line}: {error.problem}; {_ADVICE}") from error
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = f", line {mark.line + 1}" if mark else ""
@@ -64,16 +73,18 @@ def read_yaml(file: Path, *, trust: bool = False) -> dict[str, Any]:
 
 
 def _check_calls(file: Path, content: dict[str, Any]) -> None:
-    advice = "read the file, and give --trust if you trust it"
     for key, target in _targets(content, ""):
         if not _is_known(target):
             raise ValueError(
-                f"{file}: {key}={target!r} calls what is not of {', '.join(PACKAGES)}: {advice}"
+                f"{file}: {key}={target!r} calls what is in no module that defines detectors, data "
+                f"and optimizers: {_ADVICE}"
             )
+    for key, text in _resolvers(content, ""):
+        raise ValueError(f"{file}: {key}={text!r} calls a resolver of OmegaConf: {_ADVICE}")
     train = content.get("train")
     if isinstance(train, dict) and train.get("allow_pickle"):
         raise ValueError(
-            f"{file}: train.allow_pickle=True lets a checkpoint execute any code: {advice}"
+            f"{file}: train.allow_pickle=True lets a checkpoint execute any code: {_ADVICE}"
         )
 
 
@@ -87,13 +98,24 @@ def _targets(node: Any, path: str) -> Iterator[tuple[str, Any]]:
             yield from _targets(value, f"{path}{key}.")
 
 
+def _resolvers(node: Any, path: str) -> Iterator[tuple[str, str]]:
+    """The texts in a config that call a resolver, such as ``${oc.env:HOME}``, with their keys."""
+    pairs = node.items() if isinstance(node, dict) else enumerate(node)
+    for key, value in pairs:
+        for text in (key, value):
+            if isinstance(text, str) and re.search(r"\$\{\s*[^{}\s]*:", text):
+                yield f"{path}{key}", text
+        if isinstance(value, dict | list | tuple):
+            yield from _resolvers(value, f"{path}{key}.")
+
+
 def _is_known(target: object) -> bool:
-    """Whether a target is defined in one of the packages, not only to be had through it."""
-    if not isinstance(target, str) or target.partition(".")[0] not in PACKAGES:
+    """Whether a target is defined in one of the modules, not only to be had through it."""
+    packages = {name.partition(".")[0] for name in MODULES}
+    if not isinstance(target, str) or target.partition(".")[0] not in packages:
         return False
     try:
-        module = locate(target).__module__
+        module = f"{locate(target).__module__}."
     except Exception:  # whatever an import raises
         return False
-    owned = isinstance(module, str) and module.partition(".")[0] in PACKAGES
-    return owned and not any(f"{module}.".startswith(f"{runner}.") for runner in RUNNERS)
+    return any(module.startswith(f"{name}.") for name in MODULES) and not module.startswith(EXCEPT)

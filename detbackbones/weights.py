@@ -68,6 +68,8 @@ def read_checkpoint(path: str) -> Any:
             f"checkpoint {path!r} is damaged or holds Python objects, which are never executed: "
             "save its state dict alone with torch.save(model.state_dict(), path)"
         ) from error
+    except (PermissionError, MemoryError):
+        raise
     except Exception as error:  # torch raises all kinds for a file that is none of its own
         raise ValueError(
             f"checkpoint {path!r} is truncated or damaged: {first_line(error)}"
@@ -165,8 +167,7 @@ def read_state_dict(path: str) -> dict[str, torch.Tensor]:
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it is empty, truncated, damaged, no state dict, or needs pickle, or if a
-            tensor has values that are not finite.
+        ValueError: if it is empty, truncated, damaged, no state dict, or needs pickle.
     """
     content = read_checkpoint(path)
     content = content if isinstance(content, Mapping) else {}
@@ -177,13 +178,6 @@ def read_state_dict(path: str) -> dict[str, torch.Tensor]:
     tensors = {str(k): v for k, v in content.items() if isinstance(v, torch.Tensor)}
     if not tensors:
         raise ValueError(f"checkpoint {path!r} holds no state dict")
-    for name, tensor in tensors.items():
-        if not tensor.isfinite().all():
-            count = (~tensor.isfinite()).sum().item()
-            raise ValueError(
-                f"checkpoint {path!r}: tensor {name!r} has {count} values that are not finite, of "
-                f"{tensor.numel()}"
-            )
     return {key.removeprefix("module."): value for key, value in tensors.items()}
 
 
@@ -216,15 +210,24 @@ def fitting(
     """Those tensors of a state dict that have the name and the shape of one of ``own``.
 
     Raises:
-        ValueError: if one of them is of another kind of number, such as whole numbers for weights.
+        ValueError: if one of them is of another kind of number, such as whole numbers for weights,
+            or has values that are not finite where ``own`` has.
     """
     found = {k: v for k, v in state.items() if k in own and own[k].shape == v.shape}
     for name, tensor in found.items():
+        if name.endswith("num_batches_tracked"):  # averaged, it is a fraction
+            continue
         kinds = [(t.is_floating_point(), t.is_complex()) for t in (tensor, own[name])]
         if kinds[0] != kinds[1]:
             raise ValueError(
                 f"tensor {name!r} of the checkpoint is of {tensor.dtype}, and must be of "
                 f"{own[name].dtype}"
+            )
+        wrong = ~tensor.isfinite()
+        if wrong.any() and (wrong & own[name].to(wrong.device).isfinite()).any():
+            raise ValueError(
+                f"tensor {name!r} of the checkpoint has {wrong.sum()} values that are not finite, "
+                f"of {tensor.numel()}"
             )
     return found
 

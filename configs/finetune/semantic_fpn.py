@@ -16,6 +16,7 @@ for split, loader in (("train", dataloader.train), ("val", dataloader.test)):
         image_root=f"${{dataset.{split}_images}}",
         label_root=f"${{dataset.{split}_labels}}",
         num_classes="${dataset.num_classes}",
+        partial=split == "val",
     )
     loader.dataset.filter_empty = False
 del loader  # or it would be a part of the config

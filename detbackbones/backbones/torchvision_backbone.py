@@ -30,7 +30,7 @@ class TorchvisionBackbone(FeatureBackbone):
         in_channels: int = 3,
         *,
         weights: Any = None,
-        pretrained: bool = False,
+        pretrained: bool | None = None,
         checkpoint_path: str = "",
         return_nodes: Mapping[str, str] | Sequence[str] | None = None,
         out_features: Sequence[str] | None = None,
@@ -50,7 +50,8 @@ class TorchvisionBackbone(FeatureBackbone):
             model_name: a name of ``torchvision.models.list_models()``.
             in_channels: channels of the input; weights of another number are adapted as timm does.
             weights: a name ("IMAGENET1K_V2", "DEFAULT") or value of the model's weights enum.
-            pretrained: the same as ``weights="DEFAULT"``.
+            pretrained: True is the same as ``weights="DEFAULT"`` where none are named; False builds
+                the model that ``weights`` are for without loading them.
             checkpoint_path: a ``.pth``, ``.pt`` or ``.safetensors`` file of the classification
                 model, or of a detector trained with this backbone.
             return_nodes: graph nodes to output and their level names, as in torchvision's
@@ -78,7 +79,8 @@ class TorchvisionBackbone(FeatureBackbone):
             FileNotFoundError: if ``checkpoint_path`` does not exist.
             ConnectionError: if pretrained weights cannot be downloaded.
         """
-        one_of("pretrained", pretrained, (True, False))
+        if pretrained is not None:
+            one_of("pretrained", pretrained, (True, False))
         whole_number("in_channels", in_channels)
         others = {"return_nodes": return_nodes, "out_features": out_features}
         if layers is not None and (given := [k for k, v in others.items() if v is not None]):
@@ -111,7 +113,7 @@ class TorchvisionBackbone(FeatureBackbone):
         super().__init__(
             source,
             levels,
-            pretrained=weights is not None,
+            pretrained=weights is not None and pretrained is not False,
             checkpoint_path=checkpoint_path,
             norm=norm,
             freeze_at=freeze_at,

@@ -66,8 +66,11 @@ class TorchvisionSource(Source):
             name = str(weights).removeprefix(f"{enum.__name__}.")
             one_of("weights", name, [*(member.name for member in enum), "DEFAULT"])
             self._weights = enum[name]
-            if model_name.startswith("vit_"):  # as torchvision does when it has loaded them
+            # as torchvision does when it has loaded them
+            if model_name.startswith("vit_"):
                 self.kwargs.setdefault("image_size", self._weights.meta["min_size"][0])
+            if model_name in ("googlenet", "inception_v3"):
+                self.kwargs.setdefault("transform_input", True)
 
     def _for_size(self, img_size: int) -> dict[str, Any]:
         """The argument by which a torchvision model is built for an image size."""

@@ -14,6 +14,7 @@ from omegaconf import DictConfig
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
 from ..config import find_config, load_config
+from ..messages import whole_number
 from ..training.interrupt import forwarding
 from ..training.run import check_config
 from .program import fail
@@ -93,9 +94,11 @@ def _launch(command: str, args: argparse.Namespace, processes: int, job: tuple) 
         _rank, args=(*place, job), nprocs=processes, join=False, start_method="spawn"
     )
     try:
-        with forwarding(context.pids):
+        with forwarding(context.pids) as come:
             while not context.join(grace_period=GRACE):
                 pass
+        if come:  # a process that a signal ends between two works says nothing of it
+            raise SystemExit(128 + come[0])
     except ProcessExitedException as error:
         if error.signal_name is None:  # that process has said why
             raise SystemExit(error.exit_code) from None
@@ -115,7 +118,9 @@ def _rank(local: int, url: str, processes: int, world: int, first: int, job: tup
 
 def _processes_per_machine(args: argparse.Namespace) -> int:
     """How many processes to launch here; refuses more GPUs than there are."""
+    whole_number("--num-gpus", args.num_gpus)
     if args.num_processes:
+        whole_number("--num-processes", args.num_processes)
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
         return args.num_processes
     found = torch.cuda.device_count()

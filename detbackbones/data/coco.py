@@ -79,6 +79,8 @@ def register_coco(
     odd = [*coco.mended]
     if coco.num_clipped:
         odd.append(f"{coco.num_clipped} boxes stick out of their images: clipped")
+    if coco.num_flat:
+        odd.append(f"{coco.num_flat} boxes have no width or height: they are not learned")
     if odd:
         logger.warning("'%s': %s", json_path, "; ".join(odd))
     ids = sorted(coco.categories)

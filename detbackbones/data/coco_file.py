@@ -39,6 +39,7 @@ class CocoFile:
         annotations: its annotations, whose ids are 1, 2, ... if they were no different numbers.
         mended: what differs from the file, each a clause such as "3 annotations have no area: ...".
         num_clipped: boxes that stick out of their images; they are as in the file.
+        num_flat: boxes without width or height; they are as in the file.
     """
 
     path: Path
@@ -47,6 +48,7 @@ class CocoFile:
     annotations: list[Entry]
     mended: list[str] = field(default_factory=list)
     num_clipped: int = 0
+    num_flat: int = 0
 
     def take_classes(self, names: Sequence[str]) -> None:
         """Leave out all other categories and their annotations.
@@ -186,6 +188,7 @@ def _check_images(coco: CocoFile) -> None:
             if not (type(value) in _NUMBERS and 0 < value <= _LARGEST and value == int(value)):
                 must = f"be a whole number of pixels, from 1 to {_LARGEST}"
                 refuse(coco.path, f"image {key}", side, value, must)
+            image[side] = int(value)
         name = image["file_name"]
         if not isinstance(name, str) or not name or "\0" in name:
             refuse(coco.path, f"image {key}", "file_name", name, "be the path of a file")
@@ -236,7 +239,9 @@ def _check_annotations(coco: CocoFile, mask_format: str | None, odd: Counter[str
         ):
             wrong("bbox", "be [x, y, width, height] in pixels")
         clipped = clip(box, image["width"], image["height"])
-        if min(clipped[2:]) <= 0:
+        flat = min(box[2:]) == 0 and clipped is box  # COCO itself has two
+        coco.num_flat += flat
+        if min(clipped[2:]) <= 0 and not flat:
             size = f"{image['width']}x{image['height']}"
             wrong("bbox", f"have an area inside its image, '{image['file_name']}' of {size} pixels")
         coco.num_clipped += clipped is not box
@@ -318,7 +323,8 @@ def is_polygon(points: object, width: float, height: float) -> bool:
 def _is_rle(mask: Mapping[str, Any], width: int, height: int) -> bool:
     """Whether it is COCO's RLE, compressed or not, of an image's size."""
     counts = mask.get("counts")
-    if mask.get("size") != [height, width]:
+    size = mask.get("size")
+    if size != [height, width] or set(map(type, size)) != {int}:
         return False
     if isinstance(counts, str):
         counts = _decoded(counts)

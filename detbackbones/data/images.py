@@ -2,8 +2,10 @@
 
 from pathlib import Path
 
+import cv2
 import numpy as np
-from PIL import Image, ImageOps
+import tifffile
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ..messages import first_line
 
@@ -65,7 +67,12 @@ def image_size(file_name: str) -> tuple[int, int]:
         if Path(file_name).suffix.lower() == ".npy":
             height, width = np.load(file_name, mmap_mode="r", allow_pickle=False).shape[:2]
             return width, height
-        with Image.open(file_name) as image:
+        try:
+            opened = Image.open(file_name)
+        except UnidentifiedImageError:
+            pixels = _read_tiff(file_name)  # of other channels
+            return pixels.shape[1], pixels.shape[0]
+        with opened as image:
             turned = image.getexif().get(0x0112, 1) >= 5  # the EXIF orientation, by 90 degrees
             return image.size[::-1] if turned else image.size
     except Exception as error:  # decoders raise all kinds
@@ -112,6 +119,8 @@ def _read(file_name: str, channels: int) -> np.ndarray:
                 f"image '{file_name}': it has {frames} frames, and must have one: save the one "
                 "that the annotations are of"
             )
+        if any(";16" in str(tile) for tile in image.tile):  # of which PIL would keep the high byte
+            return _read_deep(file_name, image)
         image = ImageOps.exif_transpose(image)
         if not image.mode.startswith(_DEEP):
             if channels in (1, 3):
@@ -119,13 +128,33 @@ def _read(file_name: str, channels: int) -> np.ndarray:
         return np.asarray(image)
 
 
-def _read_tiff(file_name: str, channels: int) -> np.ndarray:
-    import tifffile
+def _read_deep(file_name: str, image: Image.Image) -> np.ndarray:
+    """An image of 16 bits in several channels; transparency is dropped."""
+    if image.format == "TIFF":
+        pixels = _read_tiff(file_name, len(image.getbands()))
+    else:
+        flags = cv2.IMREAD_UNCHANGED | cv2.IMREAD_IGNORE_ORIENTATION
+        pixels = cv2.imread(file_name, flags)
+        if pixels.ndim == 3:
+            pixels = cv2.cvtColor(pixels, cv2.COLOR_BGRA2RGBA)[:, :, : pixels.shape[2]]
+    if pixels.ndim == 3 and image.mode in ("LA", "RGBA"):
+        pixels = pixels[:, :, :1] if image.mode == "LA" else pixels[:, :, :3]
+    turned = image.getexif().get(0x0112, 1)
+    if turned != 1:
+        raise ImageError(
+            f"image '{file_name}': an EXIF orientation ({turned}) of an image of 16 bits cannot be "
+            "applied: turn the image itself"
+        )
+    return pixels
 
+
+def _read_tiff(file_name: str, channels: int | None = None) -> np.ndarray:
     with tifffile.TiffFile(file_name) as file:
         pixels = file.series[0].asarray()
         planes = pixels.ndim == 3 and file.series[0].axes.endswith("YX")
-    return np.moveaxis(pixels, 0, 2) if planes and len(pixels) == channels else pixels
+    if planes and channels in (None, len(pixels)):
+        return np.moveaxis(pixels, 0, 2)
+    return pixels
 
 
 def _scaled(pixels: np.ndarray, file_name: str, max_value: float | None) -> np.ndarray:

@@ -22,7 +22,12 @@ logger = logging.getLogger(__name__)
 
 
 def register_semantic(
-    image_root: str, label_root: str, num_classes: int, class_names: Sequence[str] | None = None
+    image_root: str,
+    label_root: str,
+    num_classes: int,
+    class_names: Sequence[str] | None = None,
+    *,
+    partial: bool = False,
 ) -> str:
     """Check a dataset for semantic segmentation and register it with detectron2.
 
@@ -35,6 +40,7 @@ def register_semantic(
         label_root: folder of the label maps, which may hold more than those of the images.
         num_classes: number of classes, 1 to 255.
         class_names: a name for each class; ``class_0``, ``class_1``, ... if not given.
+        partial: whether classes may be absent, as in a small validation set.
 
     Returns:
         the dataset's name, for ``get_detection_dataset_dicts`` and ``SemSegEvaluator``.
@@ -69,7 +75,8 @@ def register_semantic(
     with ThreadPoolExecutor() as pool:
         read = list(pool.map(lambda pair: _semantic_dict(*pair, num_classes), pairs))
     dicts = [record for record, _ in read]
-    _check_classes(label_root, names, {value for _, values in read for value in values})
+    if not partial:
+        _check_classes(label_root, names, {value for _, values in read for value in values})
     register(
         name,
         version,

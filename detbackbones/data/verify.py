@@ -10,7 +10,6 @@ from pathlib import Path
 from tqdm import tqdm
 
 from ..messages import first_line
-from ..weights import replacing
 from .mapper import DATA_ERRORS, CheckedDatasetMapper
 
 logger = logging.getLogger(__name__)
@@ -29,6 +28,11 @@ def verify_images(dataset: Sequence[dict], mapper: CheckedDatasetMapper) -> None
     Raises:
         ValueError: if there are wrong ones; names the first, and the log has all.
     """
+    if not isinstance(mapper, CheckedDatasetMapper):
+        raise ValueError(
+            "dataset.verify=True needs the mapper CheckedDatasetMapper, and the config has a "
+            f"{type(mapper).__name__}"
+        )
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
     memory = cache / "detbackbones" / "verified.json"
     try:
@@ -52,8 +56,9 @@ def verify_images(dataset: Sequence[dict], mapper: CheckedDatasetMapper) -> None
     known |= {r["file_name"]: states[r["file_name"]] for r, text in zip(todo, faults) if not text}
     if todo:
         memory.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(str(memory)) as temporary:
-            Path(temporary).write_text(json.dumps(known))
+        own = memory.with_suffix(f".{os.getpid()}")  # other runs may verify too
+        own.write_text(json.dumps(known))
+        own.replace(memory)
     for text in wrong:
         logger.error(text)
     if wrong:

@@ -24,13 +24,15 @@ def check_classes(cfg: DictConfig) -> None:
     Raises:
         ValueError: if one of them is another; names its key.
     """
-    names = instantiate(cfg.dataloader.train.dataset.names)
-    name = names if isinstance(names, str) else names[0]
-    if name not in DatasetCatalog:
+    names = instantiate(OmegaConf.select(cfg, "dataloader.train.dataset.names"))
+    name = names if isinstance(names, str) or not names else names[0]
+    if not isinstance(name, str) or name not in DatasetCatalog:
         return
     metadata = MetadataCatalog.get(name)
     classes = {kind: metadata.get(f"{kind}_classes") for kind in ("thing", "stuff")}
     for key, value in _class_counts(cfg.model, "model"):
+        if value == 1 and ".mask_head." in key:  # one mask for all classes
+            continue
         kind = "stuff" if ".sem_seg_head." in key else "thing"
         wanted = classes[kind]
         if wanted and value != len(wanted):
@@ -41,8 +43,6 @@ def check_classes(cfg: DictConfig) -> None:
 
 def _class_counts(node: Any, path: str) -> Iterator[tuple[str, Any]]:
     """The values of ``num_classes`` in a config but for backbones, with their keys."""
-    if isinstance(node, DictConfig) and node.get("cls_agnostic_mask"):
-        return
     for key in node:
         if OmegaConf.is_missing(node, key) or key == "backbone":
             continue
@@ -97,7 +97,7 @@ def check_channels(model: nn.Module, cfg: DictConfig) -> None:
 
 
 def _channels(cfg: DictConfig) -> int:
-    return cfg.dataloader.train.get("mapper", {}).get("channels", 3)
+    return OmegaConf.select(cfg, "dataloader.train.mapper.channels", default=3)
 
 
 def check_fit(model: nn.Module, file: str) -> None:
@@ -123,8 +123,9 @@ def frozen_at_random(cfg: DictConfig) -> str:
     """
     backbone = cfg.model.get("backbone") or {}
     backbone = backbone.get("bottom_up") or backbone
-    given = [backbone.get(key) for key in ("pretrained", "weights", "checkpoint_path")]
-    if "pretrained" not in backbone or any(given):
+    given = [backbone.get(key) for key in ("pretrained", "checkpoint_path")]
+    given += [backbone.get("weights")] if backbone.get("pretrained") is not False else []
+    if not {"pretrained", "weights"} & set(backbone) or any(given):
         return ""
     kept = [f"freeze_at={backbone.freeze_at}"] if backbone.get("freeze_at") else []
     kept += ["norm=FrozenBN"] if backbone.get("norm") == "FrozenBN" else []

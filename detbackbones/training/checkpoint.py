@@ -134,7 +134,7 @@ class Checkpointer(DetectionCheckpointer):
         try:
             write_checkpoint(data, file)
         except (OSError, RuntimeError) as error:  # torch raises a RuntimeError on a full disk
-            left = [path for path in self.files() if path != file]
+            left = [path for path in checkpoints(self.save_dir) if path != file]
             last = f"the last one is {left[0]}" if left else "there is none before it"
             raise OSError(
                 f"checkpoint {file!r} cannot be written: {first_line(error)}; {last}"
@@ -147,46 +147,52 @@ class Checkpointer(DetectionCheckpointer):
         with replacing(os.path.join(self.save_dir, "last_checkpoint")) as temporary:
             Path(temporary).write_text(last_filename_basename)
 
-    def files(self) -> list[str]:
-        """The checkpoints in the folder, the last first: as it is tagged, then by iteration."""
-        found = sorted(map(str, Path(self.save_dir).glob("model_[0-9]*.pth")), reverse=True)
-        tagged = self.get_checkpoint_file() if self.has_checkpoint() else ""
-        first = [tagged] if os.path.isfile(tagged) else []
-        return first + [file for file in found if file != tagged]
-
-    def kept(self, start: int, most: int) -> list[str]:
+    def kept(self, start: int, most: int | None) -> list[str]:
         """The checkpoints of a resumed run that count as recent, the oldest first.
 
         Args:
             start: the iteration that the run starts with.
             most: ``max_to_keep``; older ones of the main process's folder are removed.
         """
+        if not start or most is None:
+            return []
         last = f"model_{start:07d}.pth"
-        files = [f for f in sorted(self.files()) if os.path.basename(f) < last] if start else []
-        files = [file for file in files if not file.endswith("_final.pth")]
+        names = sorted(map(os.path.basename, checkpoints(self.save_dir)))
+        names = [name for name in names if name < last and name != "model_final.pth"]
+        files = [os.path.join(self.save_dir, name) for name in names]
         for file in files[:-most] if self.save_to_disk else ():
             os.remove(file)
         return files[-most:]
 
-    def last_whole(self) -> str | None:
-        """The last checkpoint that is not damaged; a warning names those that are.
-
-        Raises:
-            ValueError: if there are only damaged ones.
-        """
-        damaged = []
-        for file in self.files():
-            try:
-                read_checkpoint(file)
-            except ValueError as error:
-                damaged.append(error)
-                continue
-            if damaged:
-                logger.warning("%s; the one before is taken, %s", damaged[0], file)
-            return file
-        if damaged:
-            raise damaged[0]
-        return None
-
     def _load_file(self, filename: str) -> dict[str, Any]:
         return read_checkpoint(filename)
+
+
+def checkpoints(folder: str) -> list[str]:
+    """The checkpoints of a run, the last first: as it is tagged, then by iteration."""
+    found = sorted(map(str, Path(folder).glob("model_[0-9]*.pth")), reverse=True)
+    tag = Path(folder, "last_checkpoint")
+    tagged = os.path.join(folder, tag.read_text().strip()) if tag.is_file() else ""
+    first = [tagged] if os.path.isfile(tagged) else []
+    return first + [file for file in found if file != tagged]
+
+
+def last_whole(folder: str) -> str | None:
+    """The last checkpoint of a run that is not damaged; a warning names those that are.
+
+    Raises:
+        ValueError: if there are only damaged ones.
+    """
+    damaged = []
+    for file in checkpoints(folder):
+        try:
+            read_checkpoint(file)
+        except ValueError as error:
+            damaged.append(error)
+            continue
+        if damaged:
+            logger.warning("%s; the one before is taken, %s", damaged[0], file)
+        return file
+    if damaged:
+        raise damaged[0]
+    return None

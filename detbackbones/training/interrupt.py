@@ -88,8 +88,11 @@ class InterruptHook(HookBase):
             self._end(self._signum)
 
     def _end(self, signum: int) -> None:
-        self._save(f"model_{self.trainer.iter:07d}", iteration=self.trainer.iter)
-        raise Interrupted(signum, self.trainer.iter)
+        # in the last evaluation the trainer counts one more
+        done = min(self.trainer.iter, self.trainer.max_iter - 1)
+        self.after_train()
+        self._save(f"model_{done:07d}", iteration=done)
+        raise Interrupted(signum, done)
 
     def _device(self) -> str:
         gpu = comm.get_world_size() > 1 and torch.distributed.get_backend() == "nccl"
@@ -97,21 +100,26 @@ class InterruptHook(HookBase):
 
 
 @contextlib.contextmanager
-def forwarding(pids: Callable[[], Iterable[int]]) -> Iterator[None]:
+def forwarding(pids: Callable[[], Iterable[int]]) -> Iterator[list[int]]:
     """Pass the signals on to other processes, and let them end.
 
     Args:
         pids: gives those of the processes.
+
+    Yields:
+        the signals that have come.
     """
+    come: list[int] = []
 
     def forward(signum: int, frame: object) -> None:
+        come.append(signum)
         for pid in pids():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signum)
 
     before = {number: signal.signal(number, forward) for number in SIGNALS}
     try:
-        yield
+        yield come
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -28,7 +28,7 @@ def locked(folder: Path) -> Iterator[None]:
     try:
         while True:
             try:
-                os.link(whole, file)  # with all that is in it, or not at all
+                _put(whole, file)
                 break
             except FileExistsError:
                 _refuse(folder, file)
@@ -39,6 +39,17 @@ def locked(folder: Path) -> Iterator[None]:
         yield
     finally:
         file.unlink(missing_ok=True)
+
+
+def _put(whole: Path, file: Path) -> None:
+    """Give a file another name, with all that is in it, if there is none of that name."""
+    try:
+        os.link(whole, file)
+    except FileExistsError:
+        raise
+    except OSError:  # some file systems have no links
+        with open(file, "x") as copy:
+            copy.write(whole.read_text())
 
 
 def _refuse(folder: Path, file: Path) -> None:

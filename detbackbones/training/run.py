@@ -31,7 +31,7 @@ from .agreement import (
     check_pixels,
     frozen_at_random,
 )
-from .checkpoint import Checkpointer, load_init_checkpoint
+from .checkpoint import Checkpointer, last_whole, load_init_checkpoint
 from .curves import draw_curves
 from .interrupt import InterruptHook
 from .lock import locked
@@ -103,7 +103,9 @@ def evaluate(cfg: DictConfig) -> Results:
         checkpointer = Checkpointer(model, folder, save_to_disk=False)
         if init and not cfg.train.allow_pickle:
             check_fit(model, init)
-        if not load_weights(cfg, checkpointer, last=not init) and not init:
+        file = None if init else _last_checkpoint(folder)
+        load_weights(cfg, checkpointer, file)
+        if not (file or init):
             raise FileNotFoundError(
                 f"there is nothing to evaluate: train.output_dir={folder} holds no checkpoint, and "
                 "train.init_checkpoint is empty"
@@ -146,11 +148,17 @@ def check_config(
 def reserved(cfg: DictConfig, *, resume: bool = False, overwrite: bool = False) -> Iterator[None]:
     """Have ``train.output_dir`` for one run alone, see :func:`prepare_output`.
 
+    With ``dataset.verify`` all images are read, before any other process waits for this one.
+
     Raises:
         FileExistsError: as there, or if another run is in progress in it.
+        ValueError: if an image is wrong.
     """
     with locked(Path(cfg.train.output_dir)):
         prepare_output(cfg, resume=resume, overwrite=overwrite)
+        if cfg.get("dataset", {}).get("verify"):
+            for part in (cfg.dataloader.train, cfg.dataloader.test):
+                verify_images(instantiate(part.dataset), instantiate(part.mapper))
         yield
 
 
@@ -213,14 +221,17 @@ def prepare(cfg: DictConfig, *, resume: bool = False) -> Run:
         ValueError, OSError, ImportError: if something is wrong.
     """
     folder, main = cfg.train.output_dir, comm.is_main_process()
-    there = _existing(Path(folder), "last_checkpoint", "model_[0-9]*.pth")
-    trainer = build_trainer(cfg, loads_all=resume and bool(there))
+    file = _last_checkpoint(folder) if resume else None
+    trainer = build_trainer(cfg, loads_all=file is not None)
     model = trainer.model
     model = model.module if isinstance(model, DistributedDataParallel) else model
     checkpointer = Checkpointer(model, folder, save_to_disk=main, trainer=trainer)
-    resumed = load_weights(cfg, checkpointer, last=resume)
-    start = trainer.iter + 1 if resumed else 0
-    if not (resumed or cfg.train.init_checkpoint) and (odd := frozen_at_random(cfg)):
+    trainer.iter = -1
+    load_weights(cfg, checkpointer, file)
+    if file and trainer.iter < 0:
+        raise ValueError(f"checkpoint {file!r} has no trainer in it: it cannot be continued")
+    start = trainer.iter + 1
+    if not (file or cfg.train.init_checkpoint) and (odd := frozen_at_random(cfg)):
         logger.warning(odd)
     if main:
         cut_metrics(Path(folder, "metrics.json"), start)
@@ -234,9 +245,6 @@ def build_trainer(cfg: DictConfig, *, loads_all: bool) -> Trainer:
     settings = cfg.train
     seed_step(settings.seed, 0, 0)
     loader = instantiate(cfg.dataloader.train)
-    if cfg.get("dataset", {}).get("verify") and comm.is_main_process():
-        for part in (cfg.dataloader.train, cfg.dataloader.test):
-            verify_images(instantiate(part.dataset), instantiate(part.mapper))
     instantiate(cfg.dataloader.test.dataset)  # a fault in these is to be found now
     instantiate(cfg.dataloader.evaluator)
     check_classes(cfg)
@@ -281,37 +289,38 @@ def build_model(cfg: DictConfig, *, loads_all: bool) -> nn.Module:
     return model.to(cfg.train.device)
 
 
-def load_weights(cfg: DictConfig, checkpointer: Checkpointer, *, last: bool) -> bool:
-    """Load the last checkpoint of the run, or else ``train.init_checkpoint`` where it is set.
+def _last_checkpoint(folder: str) -> str | None:
+    """The checkpoint that all processes continue from, as the main one sees it."""
+    main = comm.is_main_process()
+    file = comm.all_gather(last_whole(folder) if main else None)[0]
+    if main and not file:
+        logger.warning("there is no checkpoint to continue from in %s", folder)
+    return file
+
+
+def load_weights(cfg: DictConfig, checkpointer: Checkpointer, file: str | None) -> None:
+    """Load a checkpoint of the run, or else ``train.init_checkpoint`` where it is set.
 
     Args:
         cfg: the config.
         checkpointer: of the model.
-        last: whether to look for a last checkpoint.
-
-    Returns:
-        whether it was the last checkpoint.
+        file: the checkpoint.
 
     Raises:
-        FileNotFoundError: if ``train.init_checkpoint`` does not exist.
+        FileNotFoundError: if a file does not exist.
         ValueError: if a checkpoint is damaged, or does not fit the model.
     """
     init = cfg.train.init_checkpoint
-    file = checkpointer.last_whole() if last else None
-    if last and not file:
-        logger.warning("there is no checkpoint to continue from in %s", cfg.train.output_dir)
     if file:
         check_fit(checkpointer.model, file)
         checkpointer.load(file)
-        return True
-    if init:
+    elif init:
         load_init_checkpoint(
             checkpointer.model,
             init,
             allow_pickle=cfg.train.allow_pickle,
             allow_partial=cfg.train.allow_partial,
         )
-    return False
 
 
 def fit(run: Run) -> Results:

@@ -87,7 +87,7 @@ NAMES = Rule(
 
 SETTINGS: Mapping[str, Rule] = {
     "train.output_dir": Rule(lambda v: isinstance(v, str) and v, "be a folder", text=True),
-    "train.init_checkpoint": TEXT,
+    "train.init_checkpoint": or_null(TEXT),
     "train.max_iter": whole(1),
     "train.seed": whole(0),
     "train.device": TEXT,
@@ -100,9 +100,11 @@ SETTINGS: Mapping[str, Rule] = {
     "train.amp.dtype": TEXT,
     "train.clip_grad.enabled": SWITCH,
     "train.clip_grad.params.max_norm": number(0, above=True),
-    "train.clip_grad.params.norm_type": number(0, above=True),
+    "train.clip_grad.params.norm_type": Rule(
+        lambda value: type(value) in (int, float) and value > 0, "be a number above 0, or inf"
+    ),
     "train.checkpointer.period": whole(1),
-    "train.checkpointer.max_to_keep": whole(1),
+    "train.checkpointer.max_to_keep": or_null(whole(1)),
     "train.ddp.broadcast_buffers": SWITCH,
     "train.ddp.find_unused_parameters": SWITCH,
     "train.ddp.fp16_compression": SWITCH,
@@ -165,11 +167,16 @@ def check_settings(cfg: DictConfig) -> None:
         _check_names(section, cfg.get(section) or {})
     for key, rule in SETTINGS.items():
         value = _setting(cfg, key)
+        if key == "dataset.num_classes" and "train_labels" not in cfg.dataset:
+            continue  # a key of the user's own
         if value is not _ABSENT and not rule.fits(value):
             raise ValueError(f"{key}={value!r} must {rule.must}")
     if "train_json" in (cfg.get("dataset") or {}):
         for key, (exists, what) in PATHS.items():
-            existing(key, _setting(cfg, key), exists, what)
+            path = _setting(cfg, key)
+            if not isinstance(path, str):
+                raise ValueError(f"{key} is missing: it must be {what}")
+            existing(key, path, exists, what)
 
 
 def _check_names(section: str, given: Iterable[str]) -> None:

@@ -141,6 +141,12 @@ class Trainer(SimpleTrainer):
         Raises:
             ValueError: if this run's seed is another.
         """
+        missing = {"seed", "scaler", "loss_normalizers"} - set(state_dict)
+        if missing:
+            raise ValueError(
+                f"the checkpoint has no {', '.join(sorted(missing))}: it is of another program, "
+                "and can be train.init_checkpoint, but not be continued"
+            )
         if state_dict["seed"] != self.seed:
             raise ValueError(
                 f"train.seed={self.seed} must be {state_dict['seed']}, that of the interrupted run"

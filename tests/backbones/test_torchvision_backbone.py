@@ -9,7 +9,10 @@ import pytest
 import torch
 import torchvision
 from detbackbones import TorchvisionBackbone
-from detbackbones.backbones.torchvision_source import find_level_nodes
+from detbackbones.backbones.torchvision_source import TorchvisionSource, find_level_nodes
+from detbackbones.config import without_weights
+from detectron2.config import LazyCall as L
+from detectron2.config import instantiate
 from support import assert_close, images, randomise, trainable
 from torchvision.models import ResNet18_Weights, ResNet50_Weights
 
@@ -258,3 +261,20 @@ def test_no_network(tmp_path):
     sentence = out.splitlines()[-1]  # torch.hub says before it what it downloads
     assert sentence.startswith("the pretrained weights of 'resnet18' could not be downloaded")
     assert "pretrained=False" in sentence
+
+
+@pytest.mark.parametrize(
+    ("name", "weights"), [("googlenet", "DEFAULT"), ("vit_b_16", "IMAGENET1K_SWAG_E2E_V1")]
+)
+def test_the_model_of_weights_without_them_is_the_same(name, weights):
+    """What eval and --resume build is what was trained: an input transform, a size of images."""
+    config = L(TorchvisionBackbone)(model_name=name, weights=weights, norm="FrozenBN")
+    plain = without_weights(config)
+    assert plain["weights"] == weights and plain["pretrained"] is False
+    with torch.device("meta"):
+        backbone = instantiate(plain)
+    source = TorchvisionSource(name, weights=weights)
+    if name == "googlenet":
+        assert backbone.model.transform_input and source.kwargs["transform_input"]
+    else:
+        assert backbone.model.encoder.pos_embedding.shape[1] == 577

@@ -8,9 +8,15 @@ import pytest
 import timm
 import torch
 from detbackbones import TimmBackbone, TorchvisionBackbone
-from detbackbones.training.checkpoint import Checkpointer, load_init_checkpoint
+from detbackbones.training.checkpoint import (
+    Checkpointer,
+    checkpoints,
+    last_whole,
+    load_init_checkpoint,
+)
 from detbackbones.weights import (
     backbone_state_dict,
+    fitting,
     read_checkpoint,
     read_state_dict,
     write_checkpoint,
@@ -117,8 +123,19 @@ def test_values_that_are_not_finite_are_refused_by_name(tmp_path, value, suffix)
     path = str(tmp_path / f"c.{suffix}")
     state = {"right": torch.ones(3), "layer.weight": value}
     save_file(state, path) if suffix == "safetensors" else torch.save(state, path)
-    with pytest.raises(ValueError, match=r"tensor 'layer.weight' has 1 values .* not finite, of 3"):
-        read_state_dict(path)
+    own = {"layer.weight": torch.ones(3, dtype=value.dtype), "right": torch.ones(3)}
+    with pytest.raises(ValueError, match=r"'layer.weight' .* has 1 values .* not finite, of 3"):
+        fitting(read_state_dict(path), own)
+    assert fitting(read_state_dict(path), {"right": own["right"]})  # what is of no use may be so
+    own["layer.weight"][:] = float("inf")  # and so may what the model has so, such as a mask
+    assert len(fitting(read_state_dict(path), own)) == 2
+
+
+def test_counters_of_averaged_checkpoints_are_fractions(tmp_path):
+    state = timm.create_model("test_resnet").state_dict()
+    averaged = {key: value.float() for key, value in state.items()}
+    torch.save(averaged, tmp_path / "c.pth")
+    TimmBackbone("test_resnet", checkpoint_path=str(tmp_path / "c.pth"))
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int8, torch.bool, torch.complex64])
@@ -260,28 +277,28 @@ def damage(path):
 
 
 def test_a_damaged_checkpoint_is_passed_over_and_named(tmp_path, caplog):
-    checkpointer = saved(tmp_path, 9, 19, 29)
+    saved(tmp_path, 9, 19, 29)
     files = [str(tmp_path / f"model_{i:07d}.pth") for i in (29, 19, 9)]
-    assert checkpointer.files() == files and checkpointer.last_whole() == files[0]
+    assert checkpoints(str(tmp_path)) == files and last_whole(str(tmp_path)) == files[0]
     damage(tmp_path / "model_0000029.pth")
-    assert checkpointer.last_whole() == files[1]
+    assert last_whole(str(tmp_path)) == files[1]
     assert f"'{files[0]}' is truncated or damaged" in caplog.text
     assert f"the one before is taken, {files[1]}" in caplog.text
     (tmp_path / "last_checkpoint").write_text("model_00")
-    assert checkpointer.last_whole() == files[1]
+    assert last_whole(str(tmp_path)) == files[1]
     (tmp_path / "last_checkpoint").unlink()
     (tmp_path / "model_0000019.pth").write_bytes(b"")
-    assert checkpointer.last_whole() == files[2]
+    assert last_whole(str(tmp_path)) == files[2]
     damage(tmp_path / "model_0000009.pth")
     with pytest.raises(ValueError, match="model_0000029.pth' is truncated or damaged"):
-        checkpointer.last_whole()
-    assert Checkpointer(nn.Linear(1, 1), str(tmp_path / "other")).last_whole() is None
+        last_whole(str(tmp_path))
+    assert last_whole(str(tmp_path / "other")) is None
 
 
 def test_old_checkpoints_of_a_resumed_run_count(tmp_path):
     checkpointer = saved(tmp_path, 9, 19, 29, 39)
     names = [f"model_{i:07d}.pth" for i in (9, 19, 29)]
-    assert checkpointer.kept(0, 2) == []
+    assert checkpointer.kept(0, 2) == checkpointer.kept(30, None) == []
     assert checkpointer.kept(30, 2) == [str(tmp_path / name) for name in names[1:]]
     assert sorted(p.name for p in tmp_path.glob("*.pth")) == [*names[1:], "model_0000039.pth"]
 
@@ -289,7 +306,7 @@ def test_old_checkpoints_of_a_resumed_run_count(tmp_path):
 def test_switches_are_true_or_false():
     for make, name in ((TimmBackbone, "test_resnet"), (TorchvisionBackbone, "resnet18")):
         for key in ("pretrained", "fold", "compile", "grad_checkpointing"):
-            for value in ("yes", "False", 2, None, []):
+            for value in ("yes", "False", 2, []):
                 with pytest.raises(
                     ValueError, match=rf"{key}=.* is unknown: valid are True, False"
                 ):

@@ -4,6 +4,7 @@ import io
 import struct
 import zlib
 
+import cv2
 import numpy as np
 import pytest
 import tifffile
@@ -120,6 +121,22 @@ def test_more_than_8_bits_are_scaled_by_what_is_said(tmp_path, name, values, mos
     assert np.allclose(pixels, (values * (255 / most))[:, :, None], atol=1e-3)
 
 
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+@pytest.mark.parametrize("bands", [3, 4])
+def test_colours_of_more_than_8_bits(tmp_path, suffix, bands):
+    """Pillow would keep their high bytes alone."""
+    values = np.stack([100 * RAMP + i for i in range(bands)], axis=2).astype(np.uint16)
+    path = str(tmp_path / f"a.{suffix}")
+    if suffix == "png":
+        swapped = values[:, :, [2, 1, 0, 3][:bands]]  # OpenCV has blue first
+        assert cv2.imwrite(path, swapped)
+    else:
+        tifffile.imwrite(path, values, photometric="rgb", planarconfig="contig")
+    with pytest.raises(ImageError, match="its values are uint16, .* dataset.max_value"):
+        read_image(path)
+    assert np.allclose(read_image(path, 3, 4095), values[:, :, :3] * (255 / 4095), atol=1e-3)
+
+
 def many(count):
     return np.stack([GRAY + np.uint8(3 * i) for i in range(count)], axis=2)
 
@@ -141,6 +158,8 @@ def test_any_number_of_channels(tmp_path, channels, kind):
     else:
         tifffile.imwrite(path, planes, photometric="minisblack")
     assert np.array_equal(read_image(path, channels), pixels)
+    if kind in ("interleaved", "npy"):  # a head alone cannot tell planes
+        assert image_size(path) == (WIDTH, HEIGHT)
     with pytest.raises(DATA_ERRORS, match=f"image '{path}'"):
         read_image(path, channels + 20)
     mapper = CheckedDatasetMapper(True, augmentations=[], image_format="RGB", channels=channels)
@@ -323,6 +342,9 @@ def test_a_class_without_pixels_is_said(semantic, caplog):
     assert not caplog.text
     register_semantic(images, labels, 4, ["cell", "nucleus", "wall", "debris"])
     assert "no pixel is of the classes 'wall', 'debris'" in caplog.text
+    both([0, 255])(semantic)
+    assert register_semantic(images, labels, 3, partial=True)  # a small validation set
+    both([0, 1])(semantic)
     label([0, 255])(semantic)  # one of two: the other has class 1
     name = register_semantic(images, labels, 2)
     assert len(DatasetCatalog.get(name)) == 2
