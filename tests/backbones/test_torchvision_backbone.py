@@ -275,6 +275,6 @@ def test_the_model_of_weights_without_them_is_the_same(name, weights):
         backbone = instantiate(plain)
     source = TorchvisionSource(name, weights=weights)
     if name == "googlenet":
-        assert backbone.model.transform_input and source.kwargs["transform_input"]
+        assert backbone.source.model.transform_input and source.model.transform_input
     else:
         assert backbone.model.encoder.pos_embedding.shape[1] == 577
