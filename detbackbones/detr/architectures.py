@@ -225,17 +225,18 @@ def build_config(
     if num_queries is None:
         del computed["num_queries"]
     settings = (base.to_dict() if base else {}) | {"auxiliary_loss": True} | kwargs | computed
-    _check_trainable(ARCHITECTURES[architecture], settings)
     for key in ("id2label", "label2id", "model_type"):  # these of num_classes take their place
         settings.pop(key, None)
     if "decoder_in_channels" in computed:
         width = settings.get("encoder_hidden_dim", default.get("encoder_hidden_dim"))
         settings["decoder_in_channels"] = [width] * n
     try:
-        return transformers.AutoConfig.for_model(architecture, **settings)
+        config = transformers.AutoConfig.for_model(architecture, **settings)
     except Exception as error:  # huggingface_hub's validation has errors of its own
         reason = str(error.__cause__ or error).strip().splitlines()[-1].strip()
         raise ValueError(f"config_kwargs={kwargs} are refused by transformers: {reason}") from error
+    _check_trainable(ARCHITECTURES[architecture], config.to_dict())
+    return config
 
 
 def build_model(

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import socket
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,7 +24,7 @@ def locked(folder: Path) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "run.lock"
     own = {"pid": os.getpid(), "host": socket.gethostname(), "started": _started(os.getpid())}
-    whole = file.with_suffix(f".{os.getpid()}")
+    whole = file.with_suffix(f".{os.getpid()}.{threading.get_ident()}")
     whole.write_text(json.dumps(own))
     try:
         while True:
