@@ -80,6 +80,11 @@ class EvaluationHook(hooks.EvalHook):
         seconds = time.perf_counter() - start
         self.trainer.storage.put_scalar(EVALUATED, seconds, smoothing_hint=False)
 
+    def after_train(self) -> None:
+        """Evaluate at the end; for the same iteration where a resumed run had none to do."""
+        self.trainer.storage.iter = min(self.trainer.iter, self.trainer.max_iter)
+        super().after_train()
+
     def before_train(self) -> None:
         """Evaluate what was missed, and record it for the iteration that it is of."""
         if self._missed:
