@@ -144,7 +144,9 @@ def _join(gpu: bool, local: int, processes: int) -> None:
 def _share_cores(
     work: Callable[..., None], command: str, cfg: DictConfig, arguments: dict[str, Any]
 ) -> None:
-    """Do the work with a fair part of the machine's cores."""
+    """Do the work with a fair part of the machine's cores, and leave the group of processes."""
     if cfg.train.device == "cpu" and comm.get_world_size() > 1:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // comm.get_local_size()))
     work(command, cfg, **arguments)
+    comm.synchronize()  # gloo aborts a process that ends while others are at work
+    torch.distributed.destroy_process_group()
