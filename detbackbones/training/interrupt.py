@@ -1,7 +1,6 @@
 """Ending a training between two iterations, when it is asked to by a signal."""
 
 import contextlib
-import logging
 import os
 import signal
 import threading
@@ -12,8 +11,6 @@ from typing import Any
 import torch
 from detectron2.engine import HookBase
 from detectron2.utils import comm
-
-logger = logging.getLogger(__name__)
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _SAME = 1.0  # seconds in which a signal counts once: a terminal and a launcher may both send it

@@ -343,7 +343,6 @@ def fit(run: Run) -> Results:
         settings.eval_period,
         settings.max_iter,
     )
-
     missed = comm.all_gather(missed)[0]  # as the main process sees it
 
     def evaluation() -> Results:

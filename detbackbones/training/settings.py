@@ -167,7 +167,7 @@ def check_settings(cfg: DictConfig) -> None:
         _check_names(section, cfg.get(section) or {})
     for key, rule in SETTINGS.items():
         value = _setting(cfg, key)
-        if key == "dataset.num_classes" and "train_labels" not in cfg.dataset:
+        if key == "dataset.num_classes" and "train_labels" not in (cfg.get("dataset") or {}):
             continue  # a key of the user's own
         if value is not _ABSENT and not rule.fits(value):
             raise ValueError(f"{key}={value!r} must {rule.must}")

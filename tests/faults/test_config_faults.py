@@ -26,6 +26,8 @@ def each(must, keys, *values):
     return {f"{key}={value}": f"{key}=.* must {must}" for key in keys for value in values}
 
 
+MODELS = ("cascade_mask_rcnn", "detr", "faster_rcnn", "fcos", "mask_rcnn", "panoptic_fpn")
+MODELS += ("retinanet", "semantic_fpn")
 NO_COUNT = ("ten", "2.5", "0", "-3", "", "null", "[1]", "True", "1e3", "9" * 400 + ".5", "nan")
 NO_COUNT_FROM_0 = tuple(value for value in NO_COUNT if value != "0")
 NO_SWITCH = ("maybe", "1", "0", "null", "", "[True]", "yes please")
@@ -302,6 +304,13 @@ def test_misspelled_settings_of_a_program_are_refused(tiny, key):
     OmegaConf.update(cfg, key, 3, force_add=True)
     with pytest.raises(ValueError, match=f"config key '{key}' is unknown: the nearest is '"):
         check_config(cfg)
+
+
+@pytest.mark.parametrize("name", [n for n in list_configs() if n.split("/")[0] in MODELS])
+def test_configs_for_data_of_detectron2_are_right(name):
+    """They have no section for files of one's own."""
+    cfg = check_config(get_config(name), ["train.max_iter=3"])
+    assert "dataset" not in cfg and cfg.train.max_iter == 3
 
 
 FROZEN = {
