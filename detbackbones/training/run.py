@@ -156,7 +156,7 @@ def reserved(cfg: DictConfig, *, resume: bool = False, overwrite: bool = False) 
     """
     with locked(Path(cfg.train.output_dir)):
         prepare_output(cfg, resume=resume, overwrite=overwrite)
-        if cfg.get("dataset", {}).get("verify"):
+        if OmegaConf.select(cfg, "dataset.verify"):
             for part in (cfg.dataloader.train, cfg.dataloader.test):
                 verify_images(instantiate(part.dataset), instantiate(part.mapper))
         yield

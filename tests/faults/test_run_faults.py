@@ -18,6 +18,10 @@ from detbackbones.training import train
 from detbackbones.training.lock import locked
 from detbackbones.training.metrics import EVALUATED, cut_metrics, missed_evaluation
 from detbackbones.training.overrides import apply_overrides
+from support import TOOLS, load_tool
+
+sys.path.insert(0, str(TOOLS))  # as for the program: it imports its neighbour
+same = load_tool("kill_runs").same
 
 BACKBONE = "model.backbone.bottom_up"
 
@@ -72,16 +76,6 @@ def weights(folder):
 
 def assert_equal_runs(one, other):
     """All that the checkpoint holds is the same to the bit, and so are the metrics."""
-
-    def same(a, b):
-        if isinstance(a, torch.Tensor):
-            return torch.equal(a, b)
-        if isinstance(a, dict):
-            return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
-        if isinstance(a, list | tuple):
-            return len(a) == len(b) and all(map(same, a, b))
-        return a == b
-
     assert same(weights(one), weights(other))
     logged, wanted = metrics(one), metrics(other)
     assert {i: line.keys() for i, line in logged.items()} == {
