@@ -18,6 +18,7 @@ from detectron2.utils import comm
 from detectron2.utils.events import TensorboardXWriter
 from omegaconf import DictConfig, OmegaConf
 from tabulate import tabulate
+from timm.utils import distribute_bn
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -381,11 +382,16 @@ def evaluate_model(
 ) -> Results:
     """Evaluate a model on the test set, with autocast if training has it.
 
+    Batch norm that learns has other running statistics in each process. What is evaluated is what
+    the main process writes to its checkpoints.
+
     Args:
         cfg: the config.
         model: the detector.
         before_batch: is called before each batch.
     """
+    if comm.get_world_size() > 1:
+        distribute_bn(model, comm.get_world_size())
     amp = cfg.train.amp
     dtype = AMP_DTYPES[amp.dtype] if amp.enabled else None
     with torch.autocast(cfg.train.device, dtype, enabled=amp.enabled):

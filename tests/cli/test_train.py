@@ -13,7 +13,8 @@ from importlib.util import find_spec
 import pytest
 import timm
 import torch
-from detbackbones.config import config_folder
+from detbackbones.config import config_folder, load_config
+from detbackbones.training.run import evaluate
 from PIL import Image
 from support import TOOLS
 
@@ -209,6 +210,19 @@ def test_two_processes_train_like_one(tiny, run_train_net, tmp_path, launcher, a
     assert metrics(two)["sem_seg/mIoU"] == pytest.approx(metrics(one)["sem_seg/mIoU"], abs=0.5)
     assert "iter 4/4" in (two / "log.txt").read_text()
     assert (two / "log.txt.rank1").exists()
+
+
+@pytest.mark.slow
+def test_two_processes_evaluate_what_they_write(tiny, tmp_path):
+    """Batch norm that learns has other running statistics in each of them."""
+    bottom_up = "model.backbone.bottom_up"
+    more = [f"{bottom_up}.norm=BN", f"{bottom_up}.freeze_at=0", "model.roi_heads.num_classes=2"]
+    more += ["optimizer.lr=0.01", "train.max_iter=12", "--num-processes", 2]
+    assert start([*words(tiny, tmp_path), *more]).wait(timeout=600) == 0
+    again = evaluate(load_config(str(tmp_path / "config.yaml")))["bbox"]
+    assert again["AP50"] > 0
+    for key in ("AP", "AP50", "AP-circle"):
+        assert metrics(tmp_path)[f"bbox/{key}"] == pytest.approx(again[key], abs=1e-6)
 
 
 @pytest.mark.slow
