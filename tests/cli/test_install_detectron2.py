@@ -9,6 +9,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from detbackbones import package_index
 from detbackbones.cli import install_detectron2
 
 pytestmark = pytest.mark.slow
@@ -39,8 +40,13 @@ def made_wheel(tmp_path_factory):
 @pytest.fixture(scope="module")
 def real_wheel(tmp_path_factory):
     try:
-        return install_detectron2.download(tmp_path_factory.mktemp("real"))
-    except install_detectron2.InstallError as error:
+        return package_index.download_wheel(
+            install_detectron2.LABGYM,
+            install_detectron2.LABGYM_SHA256,
+            tmp_path_factory.mktemp("real"),
+            "detectron2",
+        )
+    except package_index.PackageIndexError as error:
         pytest.skip(str(error))
 
 
