@@ -65,6 +65,6 @@ setup(
     extras_require={
         "detr": ["scipy", "transformers>=5.23"],
         "docs": ["mkdocs-material", "mkdocstrings[python]"],
-        "test": ["playwright", "pytest", "pytest-xdist", "ruff"],
+        "test": ["playwright", "pytest", "pytest-xdist", "ruff", "scikit-image"],
     },
 )

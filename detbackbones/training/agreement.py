@@ -9,7 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from ..backbones.feature_backbone import FeatureBackbone
-from ..weights import fitting, read_state_dict, unloaded
+from ..weights import find_part, fitting, read_tensors, unloaded
 
 
 def check_classes(cfg: DictConfig) -> None:
@@ -106,8 +106,8 @@ def check_fit(model: nn.Module, file: str) -> None:
     Raises:
         ValueError: if a tensor of the model is missing in the file or has another shape there.
     """
-    own, state = model.state_dict(), read_state_dict(file)
-    wrong = unloaded(own, fitting(state, own))
+    own = model.state_dict()
+    wrong = unloaded(own, fitting(find_part(read_tensors(file), own).state, own))
     if wrong:
         raise ValueError(
             f"checkpoint {file!r} is not of this model: {len(wrong)} of the model's {len(own)} "

@@ -2,21 +2,22 @@
 
 import logging
 import os
-from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from torch import nn
 
 from ..backbones.feature_backbone import FeatureBackbone
 from ..messages import first_line
 from ..weights import (
-    backbone_state_dict,
+    Part,
+    find_part,
     fitting,
     read_checkpoint,
-    read_state_dict,
+    read_tensors,
     replacing,
     unloaded,
     write_checkpoint,
@@ -30,14 +31,14 @@ def load_init_checkpoint(
 ) -> str:
     """Start a detector from weights: its own, or those of its backbone's source model alone.
 
-    Tensors whose name or shape the detector does not have (a classifier, heads for other classes)
-    are passed over; the report counts them. A backbone's are found by its source model's names,
-    and by those of detrex's wrapper and of detectron2's own ResNet.
+    Whatever stands before the names in the file is taken off. Tensors whose name or shape the
+    detector does not have (a classifier, heads for other classes) are passed over; the report
+    counts them.
 
     Args:
         model: a detector, or any module.
-        path: see :func:`read_state_dict`; with ``allow_pickle`` also detectron2's ``.pkl`` files
-            and model-zoo addresses.
+        path: see :func:`detbackbones.weights.read_tensors`; with ``allow_pickle`` also detectron2's
+            ``.pkl`` files and model-zoo addresses.
         allow_pickle: let detectron2 read ``.pkl`` files, which can execute any code.
         allow_partial: take a file that has less than half of a backbone.
 
@@ -46,7 +47,8 @@ def load_init_checkpoint(
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if the file is bad, no tensor fits, or less than half of a backbone's do.
+        ValueError: if the file is bad, no tensor fits, less than half of a backbone's do, or
+            several parts of the file fit.
     """
     if path.endswith(".pkl") or "://" in path:
         if not allow_pickle:
@@ -56,63 +58,62 @@ def load_init_checkpoint(
             )
         DetectionCheckpointer(model).load(path)
         return f"loaded {path}"
-    state = read_state_dict(path)
-    own = model.state_dict()
-    fit = fitting(state, own)
-    backbones = {n: m for n, m in model.named_modules() if isinstance(m, FeatureBackbone)}
-    source = backbone_state_dict(state) or ({} if fit else state)
-    loaded = wanted = others = 0
-    wanting: list[str] = []
-    for name, backbone in backbones.items():
-        keys = [key for key in own if key.startswith(f"{name}." if name else "")]
-        missing, count = unloaded(keys, fit), len([key for key in keys if key in fit])
-        if source and not any(key in fit for key in keys):
-            try:
-                count, missing = backbone.load_source(source)
-            except ValueError as error:
-                raise ValueError(
-                    f"init_checkpoint={path!r} must fit the backbone: {error}"
-                ) from error
-            others += count
-        loaded, wanted = loaded + count, wanted + count + len(missing)
-        wanting += missing
+    tensors, own = read_tensors(path), model.state_dict()
+    try:
+        part = find_part(tensors, own)
+        fit = fitting(part.state, own)
+        backbones = _load_backbones(model, tensors, fit)
+    except ValueError as error:
+        raise ValueError(f"init_checkpoint={path!r} cannot be taken: {error}") from error
+    loaded = sum(count for count, _, _ in backbones)
+    wanting = [key for _, missing, _ in backbones for key in missing]
+    own_parts = [own_part for _, _, own_part in backbones if own_part]
+    wanted = loaded + len(wanting)
+    its_own = f"its own are {', '.join(list(tensors)[:3])}, ..."
     if not fit and not loaded:
         raise ValueError(
             f"init_checkpoint={path!r} must fit the detector or its backbone: none of its "
-            f"{len(state)} tensors ({', '.join(list(state)[:3])}, ...) does{_hint(state, own)}"
+            f"{len(tensors)} tensors does; {its_own}"
         )
     if loaded < wanted / 2 and not allow_partial:
         raise ValueError(
             f"init_checkpoint={path!r} must have at least half of the backbone, and has {loaded} "
-            f"of its {wanted} tensors; its own are {', '.join(list(state)[:3])}, ..."
-            f"{_hint(state, own)}: train.allow_partial=True takes it"
+            f"of its {wanted} tensors; {its_own}: train.allow_partial=True takes it"
         )
     model.load_state_dict(fit, strict=False)
-    parts = [f"{len(fit)} of the detector's {len(own)} tensors"] if fit else []
-    if others or not fit:
-        parts.append(f"{loaded} of the backbone's {wanted} tensors")
-    report = f"loaded {' and '.join(parts)}"
+    used = [f"{len(fit)} of the detector's {len(own)} tensors{part.where}"] if fit else []
+    if own_parts:
+        used.append(f"{loaded} of the backbone's {wanted} tensors{own_parts[0].where}")
+    report = f"loaded {' and '.join(used)}"
     if wanting:
         report += f" ({wanting[0]} and {len(wanting) - 1} others of the backbone are wanting)"
-    report += f" from {path}; {len(state) - len(fit) - others} of the file's tensors are of no use"
-    report += " here"
+    there = part if fit else own_parts[0]
+    left = len(there.state) - len(fit) - sum(own_part.fitting for own_part in own_parts)
+    report += f" from {path}; {max(left, 0)} of the tensors there are not used"
     logger.log(logging.WARNING if wanting else logging.INFO, report)
     return report
 
 
-def _hint(state: Iterable[str], own: Iterable[str]) -> str:
-    """The clause that names the prefix without which most keys of a file would fit, if any."""
-    names = {key.partition("model.")[2] or key for key in own}
-    prefixes = Counter(
-        key.removesuffix(name)
-        for key in state
-        for start in range(len(key))
-        if key[start - 1 : start] == "." and (name := key[start:]) in names
-    )
-    if not prefixes:
-        return ""
-    prefix, count = prefixes.most_common(1)[0]
-    return f"; without {prefix!r} in front {count} would fit"
+def _load_backbones(
+    model: nn.Module, tensors: Mapping[str, torch.Tensor], fit: Collection[str]
+) -> list[tuple[int, list[str], Part | None]]:
+    """Load the backbones of which a file has nothing by the detector's names.
+
+    Returns:
+        of each backbone how many tensors it has from the file, which ones are wanting, and the part
+        that it was loaded from by its source model's names.
+    """
+    loaded = []
+    for name, backbone in model.named_modules():
+        if not isinstance(backbone, FeatureBackbone):
+            continue
+        keys = [f"{name}.{key}" if name else key for key in backbone.state_dict()]
+        count, missing, part = sum(key in fit for key in keys), unloaded(keys, fit), None
+        if not count:
+            part, missing = backbone.load_source(tensors)
+            count = part.fitting
+        loaded.append((count, missing, part))
+    return loaded
 
 
 class Checkpointer(DetectionCheckpointer):

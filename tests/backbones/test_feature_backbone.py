@@ -132,12 +132,13 @@ def test_keys_of_the_source_model():
 def test_load_source_counts_what_fits():
     backbone = backbone_of(Extractor())
     source = Extractor().state_dict()
-    assert backbone.load_source(source) == (11, [])
+    part, wanting = backbone.load_source(source)
+    assert part.fitting == 11 and not part.prefix and not wanting
     assert torch.equal(backbone.model.c.weight, source["c.weight"])
     source["c.weight"] = torch.zeros(1)
     del source["a.0.bias"], source["a.1.num_batches_tracked"]
-    loaded, wanting = backbone.load_source(source)
-    assert loaded == 8 and wanting == ["a.0.bias", "c.weight"]
+    part, wanting = backbone.load_source(source)
+    assert part.fitting == 8 and wanting == ["a.0.bias", "c.weight"]
 
 
 def test_layers_that_the_source_has_not_are_refused():

@@ -1,13 +1,12 @@
-"""Reading and writing weights: no pickle is executed, and no file is ever half-written."""
+"""Files of weights: no pickle is executed, no damage passes, and no file is ever half-written."""
 
 import argparse
 import contextlib
 import hashlib
 import os
 import pickle
-import re
 import zipfile
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -15,21 +14,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from .messages import first_line, nearest
-
-# Where our configs put a backbone within a detector, and where DDP puts the detector.
-_BACKBONE_KEY = re.compile(
-    r"^(?:module\.)?backbone\.(?:(?:bottom_up|net)\.)?(?:timm_model\.(?:model\.)?|model\.)"
-)
-# What detectron2 calls a ResNet's parts, and timm and torchvision.
-_RESNET_KEY = re.compile(r"^(?:module\.)?backbone\.(?:bottom_up\.)?(?=(?:stem|res[2-5])\.)")
-_RESNET_NAMES = (
-    (r"^stem\.", ""),
-    (r"^res(\d)\.", lambda found: f"layer{int(found[1]) - 1}."),
-    (r"shortcut\.norm\.", "downsample.1."),
-    (r"shortcut\.", "downsample.0."),
-    (r"conv(\d)\.norm\.", r"bn\1."),
-)
+from ..messages import first_line, nearest
 
 _CHECKSUM = "detbackbones.sha256"
 # What training scripts put beside the weights, and what does nothing when it is read.
@@ -153,115 +138,6 @@ def _digest(tensors: Mapping[str, torch.Tensor]) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
         digest.update(tensor.flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
-
-
-def read_state_dict(path: str) -> dict[str, torch.Tensor]:
-    """Read the tensors of a checkpoint file.
-
-    Args:
-        path: a ``.pth``, ``.pt`` or ``.safetensors`` file: a state dict, or a dict that has one
-            under ``model``, ``state_dict`` or the like.
-
-    Returns:
-        names to tensors on the CPU, without the ``module.`` that DDP puts before them.
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if it is empty, truncated, damaged, no state dict, or needs pickle.
-    """
-    content = read_checkpoint(path)
-    content = content if isinstance(content, Mapping) else {}
-    for key in ("state_dict_ema", "model_ema", "state_dict", "model"):
-        if isinstance(content.get(key), Mapping):
-            content = content[key]
-            break
-    tensors = {str(k): v for k, v in content.items() if isinstance(v, torch.Tensor)}
-    if not tensors:
-        raise ValueError(f"checkpoint {path!r} holds no state dict")
-    return {key.removeprefix("module."): value for key, value in tensors.items()}
-
-
-def backbone_state_dict(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The backbone's tensors of a detector's state dict, by the source model's own names.
-
-    timm and torchvision load the result into the classification model that the backbone was made
-    from (``strict=False``, for the classifier is not in it). Empty if there is no backbone.
-
-    A backbone is also one of detrex's ``TimmBackbone``, and a ResNet of detectron2's, whose names
-    are translated. That takes BGR images, unless it was trained otherwise.
-    """
-    found = {_BACKBONE_KEY.sub("", k): v for k, v in state.items() if _BACKBONE_KEY.match(k)}
-    if found:
-        return found
-    resnet = {_RESNET_KEY.sub("", k): v for k, v in state.items() if _RESNET_KEY.match(k)}
-    return {_in_timms_words(key): value for key, value in resnet.items()}
-
-
-def _in_timms_words(key: str) -> str:
-    """The name of a parameter of detectron2's ResNet in timm's and torchvision's models."""
-    for pattern, name in _RESNET_NAMES:
-        key = re.sub(pattern, name, key)
-    return key
-
-
-def fitting(
-    state: Mapping[str, torch.Tensor], own: Mapping[str, torch.Tensor]
-) -> dict[str, torch.Tensor]:
-    """Those tensors of a state dict that have the name and the shape of one of ``own``.
-
-    Raises:
-        ValueError: if one of them is of another kind of number, such as whole numbers for weights,
-            or has values that are not finite where ``own`` has.
-    """
-    found = {k: v for k, v in state.items() if k in own and own[k].shape == v.shape}
-    for name, tensor in found.items():
-        if name.endswith("num_batches_tracked"):  # averaged, it is a fraction
-            continue
-        kinds = [(t.is_floating_point(), t.is_complex()) for t in (tensor, own[name])]
-        if kinds[0] != kinds[1]:
-            raise ValueError(
-                f"tensor {name!r} of the checkpoint is of {tensor.dtype}, and must be of "
-                f"{own[name].dtype}"
-            )
-        wrong = ~tensor.isfinite()
-        if wrong.any() and (wrong & own[name].to(wrong.device).isfinite()).any():
-            raise ValueError(
-                f"tensor {name!r} of the checkpoint has {wrong.sum()} values that are not finite, "
-                f"of {tensor.numel()}"
-            )
-    return found
-
-
-def unloaded(own: Iterable[str], loaded: Collection[str]) -> list[str]:
-    """Names of ``own`` that are not among those loaded.
-
-    Counters of batches do not count: timm and torchvision keep them, but nothing depends on them.
-    """
-    return [k for k in own if k not in loaded and not k.endswith("num_batches_tracked")]
-
-
-def export_backbone(checkpoint: str, output: str) -> int:
-    """Write the backbone of a trained detector as a checkpoint of timm or torchvision.
-
-    Args:
-        checkpoint: a file that the training program wrote.
-        output: the ``.safetensors`` or ``.pth`` file to write; it must not exist.
-
-    Returns:
-        how many tensors were written.
-
-    Raises:
-        FileExistsError: if ``output`` exists.
-        ValueError: if there is no backbone in the checkpoint.
-    """
-    if os.path.exists(output):
-        raise FileExistsError(f"output {output!r} exists: choose another name or remove it")
-    state = backbone_state_dict(read_state_dict(checkpoint))
-    if not state:
-        raise ValueError(f"checkpoint {checkpoint!r} has no tensors under 'backbone'")
-    state = {key: value.contiguous() for key, value in state.items()}
-    write_checkpoint(state, output)
-    return len(state)
 
 
 @contextlib.contextmanager

@@ -1,0 +1,41 @@
+"""Which tensors of a state dict fit a module, and which are wanting."""
+
+from collections.abc import Collection, Iterable, Mapping
+
+import torch
+
+
+def fitting(
+    state: Mapping[str, torch.Tensor], own: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """Those tensors of a state dict that have the name and the shape of one of ``own``.
+
+    Raises:
+        ValueError: if one of them is of another kind of number, such as whole numbers for weights,
+            or has values that are not finite where ``own`` has.
+    """
+    found = {k: v for k, v in state.items() if k in own and own[k].shape == v.shape}
+    for name, tensor in found.items():
+        if name.endswith("num_batches_tracked"):  # averaged, it is a fraction
+            continue
+        kinds = [(t.is_floating_point(), t.is_complex()) for t in (tensor, own[name])]
+        if kinds[0] != kinds[1]:
+            raise ValueError(
+                f"tensor {name!r} of the checkpoint is of {tensor.dtype}, and must be of "
+                f"{own[name].dtype}"
+            )
+        wrong = ~tensor.isfinite()
+        if wrong.any() and (wrong & own[name].to(wrong.device).isfinite()).any():
+            raise ValueError(
+                f"tensor {name!r} of the checkpoint has {wrong.sum()} values that are not finite, "
+                f"of {tensor.numel()}"
+            )
+    return found
+
+
+def unloaded(own: Iterable[str], loaded: Collection[str]) -> list[str]:
+    """Names of ``own`` that are not among those loaded.
+
+    Counters of batches do not count: timm and torchvision keep them, but nothing depends on them.
+    """
+    return [k for k in own if k not in loaded and not k.endswith("num_batches_tracked")]
