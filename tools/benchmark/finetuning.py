@@ -5,9 +5,9 @@
     python tools/benchmark/finetuning.py labels FOLDER --output output/finetuning
 
 FOLDER has train.json, val.json and images/, or for labels images/ and labels/, whose files are
-called train_* and val_*. Each run is a `detbackbones train` whose command is kept beside its results
-in runs.jsonl; runs that are there already are not repeated. At the end there are a table and a
-picture of the metric over the images seen, means over the seeds. The backbone is
+called train_* and val_*. Each run is a `detbackbones train` whose command is kept beside its
+results in runs.jsonl; runs that are there already are not repeated. At the end there are a table
+and a picture of the metric over the images seen, means over the seeds. The backbone is
 tf_efficientnet_lite0 with ImageNet weights of the package index.
 """
 
