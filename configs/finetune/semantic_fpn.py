@@ -25,5 +25,7 @@ dataloader.evaluator = L(sem_seg_evaluator)(dataset_name="${..test.dataset.names
 
 model.sem_seg_head.num_classes = "${dataset.num_classes}"
 model.backbone.out_channels = 128
-model.backbone.bottom_up.update(model_name="resnet18", in_channels="${dataset.channels}")
+model.backbone.bottom_up.update(
+    model_name="tf_efficientnet_lite0", in_channels="${dataset.channels}"
+)
 model.pixel_mean.in_channels = model.pixel_std.in_channels = "${dataset.channels}"

