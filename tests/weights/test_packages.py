@@ -8,11 +8,15 @@ import pytest
 import skimage.data
 import timm
 import torch
-from detbackbones import TimmBackbone
+from detbackbones import TimmBackbone, get_config
 from detbackbones.adapt.norm import is_batch_norm
 from detbackbones.backbones.timm_source import TimmSource
-from detbackbones.weights import packages, read_tensors
+from detbackbones.weights import export_backbone, packages, read_tensors
+from detectron2.config import instantiate
+from detectron2.structures import Boxes, Instances
+from detectron2.utils.events import EventStorage
 from PIL import Image
+from safetensors.torch import load_file
 from support import assert_close, needs_package
 from timm.data import ImageNetInfo, create_transform, resolve_model_data_config
 
@@ -137,8 +141,6 @@ def test_without_an_index_it_is_one_sentence(tmp_path, monkeypatch):
 
 
 def test_written_for_timm(lite0, tmp_path):
-    from safetensors.torch import load_file
-
     output = tmp_path / "lite0.safetensors"
     command = [sys.executable, "-m", "detbackbones", "backbone", lite0, str(output)]
     subprocess.run(command, check=True, capture_output=True)
@@ -218,3 +220,67 @@ def test_frozen_maps_are_timms(lite0, photographs, fold, dtype, channels_last):
             error = (level.float() - plain).abs().mean()
             assert error <= 1.5 * (theirs.float() - plain).abs().mean()
     assert not [m for m in backbone.extractor.modules() if is_batch_norm(m) and m.training]
+
+
+def faster_rcnn(**backbone):
+    """The detector for one's own data, with three classes; its heads are the same each time."""
+    cfg = get_config("finetune/faster_rcnn.py")
+    cfg.model.roi_heads.num_classes = 3
+    cfg.dataset.channels = 3
+    cfg.model.backbone.bottom_up.update(**backbone)
+    cfg.model.pixel_mean.in_channels = cfg.model.pixel_std.in_channels = 3
+    cfg.model.backbone.bottom_up.in_channels = 3
+    torch.manual_seed(0)
+    return instantiate(cfg.model)
+
+
+def batch():
+    """A cat as a detector is trained with it."""
+    picture = torch.as_tensor(skimage.data.chelsea()).permute(2, 0, 1)[:, :288, :384].contiguous()
+    instances = Instances(picture.shape[-2:])
+    instances.gt_boxes = Boxes([[60.0, 20.0, 300.0, 250.0], [10.0, 10.0, 80.0, 90.0]])
+    instances.gt_classes = torch.tensor([1, 2])
+    return [{"image": picture, "instances": instances}]
+
+
+def test_folding_does_not_change_the_first_loss(lite0, no_hub):
+    """The second stage is given the same proposals, for rounding may choose others."""
+    losses, proposals = [], None
+    for fold in (True, False):
+        model, inputs = faster_rcnn(fold=fold).train(), batch()
+        targets = [inputs[0]["instances"]]
+        images = model.preprocess_image(inputs)
+        torch.manual_seed(1)  # of the samplers
+        with EventStorage():
+            maps = model.backbone(images.tensor)
+            found, first = model.proposal_generator(images, maps, targets)
+            proposals = proposals or found
+            _, second = model.roi_heads(images, maps, proposals, targets)
+        losses.append({**first, **second})
+    assert len(losses[0]) == 4
+    for key, value in losses[0].items():
+        assert value > 0
+        torch.testing.assert_close(value, losses[1][key], rtol=1e-5, atol=0)
+
+
+def test_a_frozen_backbone_classifies_as_before_the_training(lite0, no_hub, photographs, tmp_path):
+    model = faster_rcnn(freeze_at=5).train()
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(parameters, lr=1e-3)
+    with EventStorage():
+        for _ in range(2):
+            optimizer.zero_grad()
+            sum(model(batch()).values()).backward()
+            optimizer.step()
+    torch.save({"model": model.state_dict()}, tmp_path / "model_final.pth")
+    count = export_backbone(str(tmp_path / "model_final.pth"), str(tmp_path / "b.safetensors"))
+    classifier = whole(lite0)
+    with torch.no_grad():
+        before = classifier(photographs)
+        exported = load_file(tmp_path / "b.safetensors")
+        assert len(exported) == count > 200
+        missing, unexpected = classifier.load_state_dict(exported, strict=False)
+        assert not unexpected and all(
+            not key.startswith(("conv_stem", "blocks")) for key in missing
+        )
+        assert torch.equal(classifier(photographs), before)
