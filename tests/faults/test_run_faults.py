@@ -160,6 +160,28 @@ def test_a_signal_ends_a_run_of_two_processes(tiny, tmp_path, number):
     assert_all_end(process.pid)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_an_evaluation_and_its_workers(tiny, tmp_path, whole, number, processes):
+    data = json.loads((tiny / "val.json").read_text())
+    data["images"] += [{**data["images"][i % 4], "id": 10_000 + i} for i in range(3000)]
+    (tmp_path / "val.json").write_text(json.dumps(data))
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder)
+    process = start(
+        *words(tiny, folder, f"dataset.val_json={tmp_path}/val.json", "--eval-only"),
+        *("dataloader.test.num_workers=1", "--num-processes", processes),
+    )
+    wait_for(process, "Inference done")
+    process.send_signal(number)
+    output, seconds = rest(process, 60)
+    assert process.returncode == 128 + number, output
+    assert f"detbackbones train: interrupted by {number.name}\n" in output
+    assert seconds < 10 and "Traceback" not in output
+    assert_all_end(process.pid)
+
+
 def members(session):
     """The processes of a session, which the program is the leader of."""
     found = []
