@@ -30,6 +30,10 @@ from .source import Fit, Levels, Source
 
 logger = logging.getLogger(__name__)
 
+# What a model computes with: layers that it has not would be missing from the maps.
+_LEARNED = (".weight", ".bias", ".gamma", "bias_table")
+_TOKENS = ("cls_token", "dist_token", "reg_token", "register_tokens", "storage_tokens")
+
 
 class FeatureBackbone(Backbone):
     """A model with measured channels and strides, frozen as asked.
@@ -296,29 +300,44 @@ class FeatureBackbone(Backbone):
             self.extractor.get_submodule(name).eval()
         return self
 
-    def load_source(self, tensors: Mapping[str, torch.Tensor]) -> tuple[Part, list[str]]:
-        """Load weights of the source model; what the levels do not need is passed over.
+    def match_source(
+        self, tensors: Mapping[str, torch.Tensor], within: str | None = None
+    ) -> tuple[Part, list[str]]:
+        """Find weights of the source model; what the levels do not need is passed over.
 
         Args:
             tensors: in any format that the source knows how to convert, behind any prefix.
+            within: see :func:`detbackbones.weights.parts.find_part`.
 
         Returns:
-            the part that was loaded, and the keys that are missing in it or of another shape.
+            the part that fits, and the keys that are missing in it or of another shape.
 
         Raises:
-            ValueError: if several parts fit, or the one that fits has layers that the source model
-                has not.
+            ValueError: if several parts fit, or the one that fits has layers or tokens that the
+                source model has not.
         """
-        own = {key.removeprefix("model."): value for key, value in self.state_dict().items()}
-        part = find_part(tensors, own, self.source.convert)
+        own = self._source_state()
+        part = find_part(tensors, own, self.source.convert, within)
         parts = {key.partition(".")[0] for key in own}
-        for key in part.state:
-            foreign = key.endswith(".weight") and key not in self.source.state_names
-            if foreign and key.partition(".")[0] in parts:
+        for key in part.state if part.fitting else ():
+            learned = key.endswith(_LEARNED) and key.partition(".")[0] in parts or key in _TOKENS
+            if learned and key not in self.source.state_names:
                 raise ValueError(f"the model has no {key}")
-        fit = fitting(part.state, own)
+        return part, unloaded(own, fitting(part.state, own))
+
+    def load_part(self, part: Part) -> None:
+        """Load what :meth:`match_source` has found."""
+        fit = fitting(part.state, self._source_state())
         self.load_state_dict({f"model.{key}": value for key, value in fit.items()}, strict=False)
-        return part, unloaded(own, fit)
+
+    def load_source(self, tensors: Mapping[str, torch.Tensor]) -> tuple[Part, list[str]]:
+        """:meth:`match_source`, and load what it finds."""
+        part, wanting = self.match_source(tensors)
+        self.load_part(part)
+        return part, wanting
+
+    def _source_state(self) -> dict[str, torch.Tensor]:
+        return {key.removeprefix("model."): value for key, value in self.state_dict().items()}
 
     def load_checkpoint(self, path: str) -> None:
         """Load a file with weights of the source model, or of a detector with this backbone, whole.
@@ -332,10 +351,10 @@ class FeatureBackbone(Backbone):
             ValueError: if any tensor that the backbone needs is missing or of another shape, or
                 several parts of the file fit.
         """
-        tensors = read_tensors(path)
-        not_of = f"checkpoint_path={path!r} is not of {self.model_name}"
+        tensors, within = read_tensors(path)
+        not_of = f"checkpoint_path={str(path)!r} is not of {self.model_name}"
         try:
-            part, wanting = self.load_source(tensors)
+            part, wanting = self.match_source(tensors, within)
         except ValueError as error:
             raise ValueError(f"{not_of}: {error}") from error
         wanted = part.fitting + len(wanting)
@@ -344,9 +363,10 @@ class FeatureBackbone(Backbone):
                 f"{not_of}: {part.fitting} of {wanted} tensors fit, and {wanting[0]} is missing or "
                 f"of another shape; the file's own are {', '.join(list(tensors)[:3])}, ..."
             )
+        self.load_part(part)
         logger.info(
-            "loaded %d of %d tensors of %s from %s%s",
-            *(part.fitting, wanted, self.model_name, path, part.where),
+            "loaded %d of %d tensors of %s from %s%s; %d of the tensors there are not used",
+            *(part.fitting, wanted, self.model_name, path, part.where, part.unused),
         )
 
     def parameter_depths(self) -> dict[str, int] | None:

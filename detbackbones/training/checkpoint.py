@@ -2,7 +2,8 @@
 
 import logging
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +15,15 @@ from ..backbones.feature_backbone import FeatureBackbone
 from ..messages import first_line
 from ..weights import (
     Part,
+    behind,
     find_part,
     fitting,
     read_checkpoint,
     read_tensors,
     replacing,
-    unloaded,
     write_checkpoint,
 )
+from ..weights.fit import is_counter
 
 logger = logging.getLogger(__name__)
 
@@ -58,16 +60,18 @@ def load_init_checkpoint(
             )
         DetectionCheckpointer(model).load(path)
         return f"loaded {path}"
-    tensors, own = read_tensors(path), model.state_dict()
+    tensors, within = read_tensors(path)
+    own = model.state_dict()
     try:
-        part = find_part(tensors, own)
-        fit = fitting(part.state, own)
-        backbones = _load_backbones(model, tensors, fit)
+        part = find_part(tensors, own, within=within)
+        backbones = _match_backbones(model, tensors, part, within, allow_partial)
+        names = tuple(f"{name}." if name else "" for name in backbones)
+        rest = {key: value for key, value in part.state.items() if not key.startswith(names)}
+        fit = fitting(rest, own)
     except ValueError as error:
         raise ValueError(f"init_checkpoint={path!r} cannot be taken: {error}") from error
-    loaded = sum(count for count, _, _ in backbones)
-    wanting = [key for _, missing, _ in backbones for key in missing]
-    own_parts = [own_part for _, _, own_part in backbones if own_part]
+    loaded = sum(match.fitting for match, _ in backbones.values())
+    wanting = [key for _, missing in backbones.values() for key in missing]
     wanted = loaded + len(wanting)
     its_own = f"its own are {', '.join(list(tensors)[:3])}, ..."
     if not fit and not loaded:
@@ -80,40 +84,55 @@ def load_init_checkpoint(
             f"init_checkpoint={path!r} must have at least half of the backbone, and has {loaded} "
             f"of its {wanted} tensors; {its_own}: train.allow_partial=True takes it"
         )
+    for name, (match, _) in backbones.items():
+        model.get_submodule(name).load_part(match)
     model.load_state_dict(fit, strict=False)
-    used = [f"{len(fit)} of the detector's {len(own)} tensors{part.where}"] if fit else []
-    if own_parts:
-        used.append(f"{loaded} of the backbone's {wanted} tensors{own_parts[0].where}")
+    used = []
+    if fit:
+        others = [key for key in own if not is_counter(key) and not key.startswith(names)]
+        count = sum(not is_counter(key) for key in fit)
+        used.append(f"{count} of the detector's {len(others)} other tensors{part.where}")
+    if backbones:
+        where = next(iter(backbones.values()))[0].where
+        used.insert(0, f"{loaded} of the backbone's {wanted} tensors{where}")
     report = f"loaded {' and '.join(used)}"
     if wanting:
         report += f" ({wanting[0]} and {len(wanting) - 1} others of the backbone are wanting)"
-    there = part if fit else own_parts[0]
-    left = len(there.state) - len(fit) - sum(own_part.fitting for own_part in own_parts)
-    report += f" from {path}; {max(left, 0)} of the tensors there are not used"
+    left = sum(match.unused for match, _ in backbones.values())
+    left += sum(not is_counter(key) and key not in fit for key in rest) if fit else 0
+    report += f" from {path}; {left} of the tensors there are not used"
     logger.log(logging.WARNING if wanting else logging.INFO, report)
     return report
 
 
-def _load_backbones(
-    model: nn.Module, tensors: Mapping[str, torch.Tensor], fit: Collection[str]
-) -> list[tuple[int, list[str], Part | None]]:
-    """Load the backbones of which a file has nothing by the detector's names.
+def _match_backbones(
+    model: nn.Module,
+    tensors: Mapping[str, torch.Tensor],
+    part: Part,
+    within: str | None,
+    allow_partial: bool,
+) -> dict[str, tuple[Part, list[str]]]:
+    """What a file has of each backbone of a detector, by its name.
 
-    Returns:
-        of each backbone how many tensors it has from the file, which ones are wanting, and the part
-        that it was loaded from by its source model's names.
+    It is what stands behind the backbone's name in the detector's part of the file, or else any
+    part that fits the backbone's source model.
     """
-    loaded = []
+    found = {}
     for name, backbone in model.named_modules():
         if not isinstance(backbone, FeatureBackbone):
             continue
-        keys = [f"{name}.{key}" if name else key for key in backbone.state_dict()]
-        count, missing, part = sum(key in fit for key in keys), unloaded(keys, fit), None
-        if not count:
-            part, missing = backbone.load_source(tensors)
-            count = part.fitting
-        loaded.append((count, missing, part))
-    return loaded
+        own = f"{part.prefix}{name}." if name else part.prefix
+        mine = behind(tensors, own) if part.fitting else {}
+        try:
+            match, wanting = backbone.match_source(mine or tensors, None if mine else within)
+        except ValueError:
+            if not allow_partial:
+                raise
+            match, wanting = backbone.match_source({})
+        if mine:
+            match = replace(match, prefix=part.prefix)
+        found[name] = match, wanting
+    return found
 
 
 class Checkpointer(DetectionCheckpointer):

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -18,7 +19,8 @@ from ..messages import first_line, nearest
 
 _CHECKSUM = "detbackbones.sha256"
 # What training scripts put beside the weights, and what does nothing when it is read.
-_HARMLESS = [argparse.Namespace]
+_HARMLESS = [argparse.Namespace, np.dtype, np.float64(0).__reduce__()[0]]
+_HARMLESS += [type(np.dtype(kind)) for kind in (np.float32, np.float64, np.int64)]
 
 
 def read_checkpoint(path: str) -> Any:
@@ -35,6 +37,8 @@ def read_checkpoint(path: str) -> Any:
         ValueError: if it is empty, truncated, damaged, or needs pickle.
     """
     file = Path(path)
+    if file.is_dir():
+        raise ValueError(f"checkpoint {path!r} is a folder, and must be a file")
     if not file.is_file():
         names = [p.name for p in file.parent.glob("*")] if file.parent.is_dir() else []
         raise FileNotFoundError(
@@ -50,12 +54,16 @@ def read_checkpoint(path: str) -> Any:
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(
-            f"checkpoint {path!r} is damaged or holds Python objects, which are never executed: "
-            "save its state dict alone with torch.save(model.state_dict(), path)"
+            f"checkpoint {path!r} is damaged or holds Python objects{_objects(path)}, which are "
+            "never executed: save its state dict alone with torch.save(model.state_dict(), path)"
         ) from error
     except (PermissionError, MemoryError):
         raise
     except Exception as error:  # torch raises all kinds for a file that is none of its own
+        if "TorchScript" in str(error):
+            raise ValueError(
+                f"checkpoint {path!r} is a TorchScript program: save its state dict alone"
+            ) from error
         raise ValueError(
             f"checkpoint {path!r} is truncated or damaged: {first_line(error)}"
         ) from error
@@ -85,6 +93,15 @@ def write_checkpoint(content: Mapping[str, Any], path: str) -> None:
         with open(temporary, "rb+") as file:
             digest = _file_digest(file, os.path.getsize(temporary) - len(_comment("0" * 64)))
             file.write(_comment(digest))
+
+
+def _objects(path: str) -> str:
+    """The classes that a checkpoint needs, in brackets; empty if that cannot be told."""
+    try:
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    except Exception:
+        return ""
+    return f" ({', '.join(sorted(names)[:3])})" if names else ""
 
 
 def _check_zip(file: Path) -> None:

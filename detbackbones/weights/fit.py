@@ -16,15 +16,18 @@ def fitting(
     """
     found = {k: v for k, v in state.items() if k in own and own[k].shape == v.shape}
     for name, tensor in found.items():
-        if name.endswith("num_batches_tracked"):  # averaged, it is a fraction
+        if is_counter(name):  # averaged, it is a fraction
             continue
+        if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized:
+            raise ValueError(f"tensor {name!r} of the checkpoint must be dense, and hold values")
         kinds = [(t.is_floating_point(), t.is_complex()) for t in (tensor, own[name])]
         if kinds[0] != kinds[1]:
             raise ValueError(
                 f"tensor {name!r} of the checkpoint is of {tensor.dtype}, and must be of "
                 f"{own[name].dtype}"
             )
-        wrong = ~tensor.isfinite()
+        small = tensor.is_floating_point() and tensor.itemsize == 1  # of which torch knows little
+        wrong = ~(tensor.float() if small else tensor).isfinite()
         if wrong.any() and (wrong & own[name].to(wrong.device).isfinite()).any():
             raise ValueError(
                 f"tensor {name!r} of the checkpoint has {wrong.sum()} values that are not finite, "
@@ -33,9 +36,11 @@ def fitting(
     return found
 
 
-def unloaded(own: Iterable[str], loaded: Collection[str]) -> list[str]:
-    """Names of ``own`` that are not among those loaded.
+def is_counter(name: str) -> bool:
+    """Whether a tensor counts batches: timm and torchvision keep it, but nothing depends on it."""
+    return name.endswith("num_batches_tracked")
 
-    Counters of batches do not count: timm and torchvision keep them, but nothing depends on them.
-    """
-    return [k for k in own if k not in loaded and not k.endswith("num_batches_tracked")]
+
+def unloaded(own: Iterable[str], loaded: Collection[str]) -> list[str]:
+    """Names of ``own`` that are not among those loaded; counters of batches do not count."""
+    return [name for name in own if name not in loaded and not is_counter(name)]

@@ -8,12 +8,16 @@ written as names with dots: ``{"teacher": {"backbone.conv1.weight": ...}}`` has
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
+from .fit import is_counter
+
 Tensors = Mapping[str, torch.Tensor]
+
+_AVERAGE = re.compile(r"(^|[._])ema\d*[._]")
 
 
 @dataclass(frozen=True)
@@ -23,7 +27,7 @@ class Part:
     Attributes:
         prefix: what was taken off the names, with its last dot; empty for a whole file.
         state: the tensors, by the names of the model that they are for.
-        fitting: how many have the name and shape of one of the model's.
+        fitting: how many have the name and shape of one of the model's, counters left out.
     """
 
     prefix: str
@@ -33,7 +37,12 @@ class Part:
     @property
     def where(self) -> str:
         """The clause that names the prefix; empty without one."""
-        return f", which stand behind {self.prefix!r}" if self.prefix else ""
+        return f", which stand behind {self.prefix!r}" if self.prefix and self.fitting else ""
+
+    @property
+    def unused(self) -> int:
+        """How many tensors do not fit."""
+        return sum(not is_counter(key) for key in self.state) - self.fitting
 
 
 def flat(content: object) -> dict[str, torch.Tensor]:
@@ -49,43 +58,82 @@ def flat(content: object) -> dict[str, torch.Tensor]:
     return dict(walk(content, ""))
 
 
+def behind(tensors: Tensors, prefix: str) -> dict[str, torch.Tensor]:
+    """The tensors behind a prefix, by their names without it."""
+    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+
+
 def find_part(
-    tensors: Tensors, own: Tensors, convert: Callable[[Tensors], Tensors] = lambda state: state
+    tensors: Tensors,
+    own: Tensors,
+    convert: Callable[[Tensors], Tensors] = lambda state: state,
+    within: str | None = None,
 ) -> Part:
     """The part of a file's tensors of which most fit a model.
+
+    What fits less than a tenth of the model, such as one norm among many of the same shape, is not
+    taken for a part unless at least a quarter of the file stands there.
 
     Args:
         tensors: all of a file, see :func:`flat`.
         own: the model's.
         convert: to the model's names and shapes, from any format that it knows.
+        within: the prefix, without its last dot, that the user has chosen, or what stands before
+            it; None for any.
 
     Raises:
-        ValueError: if two parts that differ fit, such as those of a teacher and a student. Of a
-            model and its moving average the average is taken, as timm does.
+        ValueError: if two parts that differ fit, such as those of a teacher and a student; see
+            :func:`choose`.
     """
+    wanted = [key for key in own if not is_counter(key)]
+    chosen = f"{within}." if within else ""
 
     def part(prefix: str) -> Part:
-        state = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-        state = convert(state)
-        fit = [key for key, value in state.items() if key in own and own[key].shape == value.shape]
+        state = convert(behind(tensors, prefix))
+        fit = [key for key in wanted if key in state and own[key].shape == state[key].shape]
         return Part(prefix, state, len(fit))
 
+    prefixes = {prefix for prefix in _prefixes(tensors, own) if prefix.startswith(chosen)}
     # The longest prefix first: what a converter takes off itself is of the shorter one, too.
-    prefixes = sorted(_prefixes(tensors, own), key=lambda prefix: -prefix.count("."))
-    found = sorted(map(part, prefixes), key=lambda part: -part.fitting)
+    order = sorted({chosen, *prefixes}, key=lambda prefix: -prefix.count("."))
+    found = sorted(map(part, order), key=lambda part: -part.fitting)
     best = found[0]
+    share = sum(key.startswith(best.prefix) for key in tensors) / max(len(tensors), 1)
+    if best.fitting < len(wanted) / 10 and share < 1 / 4:
+        return next(other for other in found if other.prefix == chosen)
+    if best.fitting <= len(wanted) / 2:
+        return best
     rivals = [other for other in found if other.fitting > best.fitting / 2]
-    rivals = [other for other in rivals if other is best or not _same(other, best, own)]
-    averaged = [other for other in rivals if re.search(r"(^|[._])ema([._])", other.prefix)]
-    if len(averaged) == 1:
-        return averaged[0]
-    if len(rivals) > 1:
-        names = [repr(other.prefix.removesuffix(".")) for other in rivals]
-        raise ValueError(
-            f"it has weights that fit behind {' and '.join(names)}: write one after the file's "
-            f"name and a #, as in FILE#{names[0][1:-1]}"
-        )
-    return best
+    rivals = [other for other in rivals if other is best or not _same(other, best, wanted)]
+    by_prefix = {other.prefix: other for other in rivals}
+    if within is not None and chosen in by_prefix:
+        return by_prefix[chosen]
+    whole = [other.prefix for other in rivals if other.fitting == best.fitting]
+    return by_prefix[choose([*by_prefix], whole)]
+
+
+def choose(prefixes: Sequence[str], whole: Sequence[str]) -> str:
+    """The one of several prefixes whose tensors are to be taken.
+
+    Of a model and its moving average the average is taken, as timm does, if it is as whole.
+
+    Args:
+        prefixes: at least one.
+        whole: those of them behind which there are the most tensors.
+
+    Raises:
+        ValueError: if it is not clear which one.
+    """
+    if len(prefixes) == 1:
+        return prefixes[0]
+    averages = [prefix for prefix in prefixes if _AVERAGE.search(prefix)]
+    if len(averages) == 1 and len(prefixes) == 2 and averages[0] in whole:
+        return averages[0]
+    names = [repr(prefix.removesuffix(".")) for prefix in prefixes]
+    raise ValueError(
+        f"it has weights that fit behind {' and '.join(names)}: write one after the file's name "
+        f"and a #, as in #{names[0][1:-1]}"
+    )
 
 
 def _prefixes(tensors: Tensors, own: Tensors) -> set[str]:
@@ -104,7 +152,7 @@ def _prefixes(tensors: Tensors, own: Tensors) -> set[str]:
     return {"", *large, *(prefix for prefix, _ in naming.most_common(4))}
 
 
-def _same(one: Part, other: Part, own: Tensors) -> bool:
+def _same(one: Part, other: Part, wanted: Sequence[str]) -> bool:
     """Whether two parts hold the same values for a model."""
-    both = own.keys() & one.state.keys() & other.state.keys()
-    return all(torch.equal(one.state[key], other.state[key]) for key in both)
+    both = [key for key in wanted if key in one.state and key in other.state]
+    return bool(both) and all(torch.equal(one.state[key], other.state[key]) for key in both)

