@@ -130,7 +130,7 @@ def test_a_teacher_and_a_student_are_not_guessed(tmp_path, name):
     state, backbone = made(name)
     path = str(tmp_path / "c.pth")
     torch.save(dino(state), path)
-    message = r"c.pth' .* 'student.module.backbone' and 'teacher.backbone': write one after .* as in #student.mod"
+    message = r"c.pth' .*'student.module.backbone' and 'teacher.backbone': .* as in #student.mod"
     with pytest.raises(ValueError, match=message) as error:
         backbone.load_checkpoint(path)
     assert "\n" not in str(error.value)
