@@ -24,7 +24,7 @@ from ..measure.meta import meta_state, run_on_meta
 from ..measure.sizes import ANY_SIZE, SizeRule
 from ..measure.trace import record
 from ..messages import one_of, whole_number
-from ..weights import Part, find_part, fitting, read_tensors, unloaded
+from ..weights import OtherModelError, Part, find_part, fitting, read_tensors, unloaded
 from .module_source import ModuleSource
 from .source import Fit, Levels, Source
 
@@ -313,8 +313,9 @@ class FeatureBackbone(Backbone):
             the part that fits, and the keys that are missing in it or of another shape.
 
         Raises:
-            ValueError: if several parts fit, or the one that fits has layers or tokens that the
-                source model has not.
+            ValueError: if several parts fit, or values are not finite.
+            OtherModelError: if the part that fits has layers or tokens that the source model has
+                not.
         """
         own = self._source_state()
         part = find_part(tensors, own, self.source.convert, within)
@@ -322,7 +323,7 @@ class FeatureBackbone(Backbone):
         for key in part.state if part.fitting else ():
             learned = key.endswith(_LEARNED) and key.partition(".")[0] in parts or key in _TOKENS
             if learned and key not in self.source.state_names:
-                raise ValueError(f"the model has no {key}")
+                raise OtherModelError(f"the model has no {key}")
         return part, unloaded(own, fitting(part.state, own))
 
     def load_part(self, part: Part) -> None:

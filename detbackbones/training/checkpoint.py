@@ -14,16 +14,17 @@ from torch import nn
 from ..backbones.feature_backbone import FeatureBackbone
 from ..messages import first_line
 from ..weights import (
+    OtherModelError,
     Part,
     behind,
     find_part,
     fitting,
+    is_counter,
     read_checkpoint,
     read_tensors,
     replacing,
     write_checkpoint,
 )
-from ..weights.fit import is_counter
 
 logger = logging.getLogger(__name__)
 
@@ -125,7 +126,7 @@ def _match_backbones(
         mine = behind(tensors, own) if part.fitting else {}
         try:
             match, wanting = backbone.match_source(mine or tensors, None if mine else within)
-        except ValueError:
+        except OtherModelError:
             if not allow_partial:
                 raise
             match, wanting = backbone.match_source({})

@@ -5,6 +5,10 @@ from collections.abc import Collection, Iterable, Mapping
 import torch
 
 
+class OtherModelError(ValueError):
+    """The weights are of another model: they have a layer or a token that this one has not."""
+
+
 def fitting(
     state: Mapping[str, torch.Tensor], own: Mapping[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:

@@ -282,6 +282,10 @@ def test_a_deeper_backbone_under_the_detectors_names_is_refused(tmp_path, larger
         load_init_checkpoint(model, path)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     load_init_checkpoint(model, path, allow_partial=True)  # its heads
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items() if "head" not in k)
+    broken = {key: value * float("nan") for key, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match="not finite"):
+        load_init_checkpoint(model, saved(tmp_path, broken), allow_partial=True)
 
 
 @pytest.mark.parametrize(
