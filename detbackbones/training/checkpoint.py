@@ -2,8 +2,8 @@
 
 import logging
 import os
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -62,78 +62,106 @@ def load_init_checkpoint(
         DetectionCheckpointer(model).load(path)
         return f"loaded {path}"
     tensors, within = read_tensors(path)
-    own = model.state_dict()
     try:
-        part = find_part(tensors, own, within=within)
-        backbones = _match_backbones(model, tensors, part, within, allow_partial)
-        names = tuple(f"{name}." if name else "" for name in backbones)
-        rest = {key: value for key, value in part.state.items() if not key.startswith(names)}
-        fit = fitting(rest, own)
+        match = _match(model, tensors, within, allow_partial)
     except ValueError as error:
         raise ValueError(f"init_checkpoint={path!r} cannot be taken: {error}") from error
-    loaded = sum(match.fitting for match, _ in backbones.values())
-    wanting = [key for _, missing in backbones.values() for key in missing]
-    wanted = loaded + len(wanting)
+    loaded, wanting = match.loaded, match.wanting
     its_own = f"its own are {', '.join(list(tensors)[:3])}, ..."
-    if not fit and not loaded:
+    if not match.others and not loaded:
         raise ValueError(
             f"init_checkpoint={path!r} must fit the detector or its backbone: none of its "
             f"{len(tensors)} tensors does; {its_own}"
         )
-    if loaded < wanted / 2 and not allow_partial:
+    if loaded < len(wanting) and not allow_partial:
         raise ValueError(
             f"init_checkpoint={path!r} must have at least half of the backbone, and has {loaded} "
-            f"of its {wanted} tensors; {its_own}: train.allow_partial=True takes it"
+            f"of its {loaded + len(wanting)} tensors; {its_own}: train.allow_partial=True takes it"
         )
-    for name, (match, _) in backbones.items():
-        model.get_submodule(name).load_part(match)
-    model.load_state_dict(fit, strict=False)
-    used = []
-    if fit:
-        others = [key for key in own if not is_counter(key) and not key.startswith(names)]
-        count = sum(not is_counter(key) for key in fit)
-        used.append(f"{count} of the detector's {len(others)} other tensors{part.where}")
-    if backbones:
-        where = next(iter(backbones.values()))[0].where
-        used.insert(0, f"{loaded} of the backbone's {wanted} tensors{where}")
-    report = f"loaded {' and '.join(used)}"
-    if wanting:
-        report += f" ({wanting[0]} and {len(wanting) - 1} others of the backbone are wanting)"
-    left = sum(match.unused for match, _ in backbones.values())
-    left += sum(not is_counter(key) and key not in fit for key in rest) if fit else 0
-    report += f" from {path}; {left} of the tensors there are not used"
+    for name, (part, _) in match.backbones.items():
+        model.get_submodule(name).load_part(part)
+    model.load_state_dict(match.others, strict=False)
+    report = match.report(model, path)
     logger.log(logging.WARNING if wanting else logging.INFO, report)
     return report
 
 
-def _match_backbones(
-    model: nn.Module,
-    tensors: Mapping[str, torch.Tensor],
-    part: Part,
-    within: str | None,
-    allow_partial: bool,
-) -> dict[str, tuple[Part, list[str]]]:
-    """What a file has of each backbone of a detector, by its name.
+@dataclass(frozen=True)
+class _Match:
+    """What a file has of a detector.
 
-    It is what stands behind the backbone's name in the detector's part of the file, or else any
-    part that fits the backbone's source model.
+    Attributes:
+        part: by the detector's names.
+        backbones: of each backbone, by its name, what its source model can load, and what that
+            lacks.
+        others: the tensors of the rest of the detector that fit.
     """
-    found = {}
+
+    part: Part
+    backbones: Mapping[str, tuple[Part, list[str]]]
+    others: Mapping[str, torch.Tensor]
+
+    @property
+    def loaded(self) -> int:
+        return sum(part.fitting for part, _ in self.backbones.values())
+
+    @property
+    def wanting(self) -> list[str]:
+        return [key for _, missing in self.backbones.values() for key in missing]
+
+    def report(self, model: nn.Module, path: str) -> str:
+        """How much was loaded, from where, and how much was not; one line."""
+        loaded, wanting, used = self.loaded, self.wanting, []
+        if self.backbones:
+            where = next(iter(self.backbones.values()))[0].where
+            used.append(f"{loaded} of the backbone's {loaded + len(wanting)} tensors{where}")
+        unused = sum(part.unused for part, _ in self.backbones.values())
+        if self.others:
+            groups = (self.others, model.state_dict(), self.part.state)
+            count, every, there = (
+                sum(not is_counter(key) for key in _outside(self.backbones, group))
+                for group in groups
+            )
+            used.append(f"{count} of the detector's {every} other tensors{self.part.where}")
+            unused += there - count
+        report = f"loaded {' and '.join(used)}"
+        if wanting:
+            report += f" ({wanting[0]} and {len(wanting) - 1} others of the backbone are wanting)"
+        return f"{report} from {path}; {unused} of the tensors there are not used"
+
+
+def _match(
+    model: nn.Module, tensors: Mapping[str, torch.Tensor], within: str | None, allow_partial: bool
+) -> _Match:
+    """Find what a file has of a detector.
+
+    Of a backbone it is what stands behind its name in the detector's part of the file, or else any
+    part that fits its source model.
+    """
+    own = model.state_dict()
+    part = find_part(tensors, own, within=within)
+    backbones = {}
     for name, backbone in model.named_modules():
         if not isinstance(backbone, FeatureBackbone):
             continue
-        own = f"{part.prefix}{name}." if name else part.prefix
-        mine = behind(tensors, own) if part.fitting else {}
+        prefix = f"{part.prefix}{name}." if name else part.prefix
+        mine = behind(tensors, prefix) if part.fitting else {}
         try:
-            match, wanting = backbone.match_source(mine or tensors, None if mine else within)
+            found, wanting = backbone.match_source(mine or tensors, None if mine else within)
         except OtherModelError:
             if not allow_partial:
                 raise
-            match, wanting = backbone.match_source({})
-        if mine:
-            match = replace(match, prefix=part.prefix)
-        found[name] = match, wanting
-    return found
+            found, wanting = backbone.match_source({})
+        backbones[name] = replace(found, prefix=part.prefix) if mine else found, wanting
+    return _Match(part, backbones, fitting(_outside(backbones, part.state), own))
+
+
+def _outside(
+    backbones: Iterable[str], tensors: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """Those of a detector's tensors that are of none of its backbones."""
+    inside = tuple(f"{name}." if name else "" for name in backbones)
+    return {key: value for key, value in tensors.items() if not key.startswith(inside)}
 
 
 class Checkpointer(DetectionCheckpointer):
