@@ -309,12 +309,28 @@ def parameters(state):
     return {key: value + 1 for key, value in state.items() if not key.endswith(kept)}
 
 
-def test_an_average_that_lacks_a_part_is_not_taken_for_the_whole(tmp_path):
+# What is ambiguous, what is said of it, and what chooses the part with the model's values.
+CHOICES = {
+    "an average that lacks a part": (
+        lambda s: {"model": s, "ema": {"decay": 0.9, "shadow": parameters(s)}},
+        "behind 'model' and 'ema.shadow'",
+        "#model",
+    ),
+    "the outer level": (
+        lambda s: {**s, **behind("target_encoder.", zeros(s))},
+        "weights that fit behind",
+        "#",
+    ),
+}
+
+
+@pytest.mark.parametrize(("layout", "message", "choice"), CHOICES.values(), ids=CHOICES)
+def test_a_part_that_is_not_guessed_can_be_chosen(tmp_path, layout, message, choice):
     state, backbone = made("test_resnet")
-    path = saved(tmp_path, {"model": state, "ema": {"decay": 0.9, "shadow": parameters(state)}})
-    with pytest.raises(ValueError, match="behind 'model' and 'ema.shadow'"):
+    path = saved(tmp_path, layout(state))
+    with pytest.raises(ValueError, match=message):
         backbone.load_checkpoint(path)
-    backbone.load_checkpoint(f"{path}#model")
+    backbone.load_checkpoint(f"{path}{choice}")
     assert_loaded(backbone, state)
 
 
@@ -349,15 +365,6 @@ def test_norms_of_the_same_shape_are_no_backbone(tmp_path):
     load_init_checkpoint(model, saved(tmp_path, content), allow_partial=True)
     assert torch.equal(model.backbone.model.bn1.weight, before)
     assert torch.equal(model.head.weight, torch.ones(2, 2))
-
-
-def test_the_outer_level_can_be_chosen(tmp_path):
-    state, backbone = made("test_resnet")
-    path = saved(tmp_path, {**state, **behind("target_encoder.", zeros(state))})
-    with pytest.raises(ValueError, match="weights that fit behind"):
-        backbone.load_checkpoint(path)
-    backbone.load_checkpoint(f"{path}#")
-    assert_loaded(backbone, state)
 
 
 def test_a_number_sign_in_a_folders_name(tmp_path):

@@ -88,7 +88,7 @@ def data(task: str, folder: Path) -> list[str]:
 
 
 def train(words: Sequence[str], output: Path, metric: str) -> dict:
-    """One run: its command, its seconds, and the metric by iterations (or why it failed)."""
+    """One run: its command, its seconds, and the metric by iterations; ends all if it fails."""
     command = ["train", *words, f"train.output_dir={output}", "--overwrite"]
     start = time.perf_counter()
     done = subprocess.run(
@@ -100,7 +100,7 @@ def train(words: Sequence[str], output: Path, metric: str) -> dict:
     result = {"command": shlex.join(["detbackbones", *command])}
     result["seconds"] = time.perf_counter() - start
     if done.returncode:
-        return {**result, "failed": done.stderr.strip().splitlines()[-1]}
+        sys.exit(f"finetuning: {result['command']} failed: {done.stderr.strip().splitlines()[-1]}")
     lines = map(json.loads, (output / "metrics.json").read_text().splitlines())
     return {
         **result,
@@ -113,13 +113,10 @@ def draw(rows: dict[str, list[dict]], metric: str, path: Path) -> None:
     figure = Figure((9, 5), dpi=100, layout="constrained")
     axes = figure.add_subplot()
     for name, runs in rows.items():
-        curves = [run["curve"] for run in runs if "curve" in run]
-        if curves:
-            steps = [100 * step / curves[0][-1][0] for step, _ in curves[0]]
-            means = [
-                statistics.mean(values) for values in zip(*([v for _, v in c] for c in curves))
-            ]
-            axes.plot(steps, means, "--" if "random" in name else "-", marker="o", ms=3, label=name)
+        curves = [run["curve"] for run in runs]
+        steps = [100 * step / curves[0][-1][0] for step, _ in curves[0]]
+        means = [statistics.mean(values) for values in zip(*([v for _, v in c] for c in curves))]
+        axes.plot(steps, means, "--" if "random" in name else "-", marker="o", ms=3, label=name)
     axes.set_xlabel("images seen, percent")
     axes.set_ylabel(metric)
     axes.set_ylim(bottom=0)
@@ -140,6 +137,11 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time; default: %(default)s")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="some of the settings")
     args = parser.parse_args()
+    for key, least in (("iterations", 4), ("seeds", 1), ("jobs", 1)):
+        if getattr(args, key) < least:
+            parser.error(f"--{key} {getattr(args, key)} must be at least {least}")
+    if not args.folder.is_dir():
+        parser.error(f"folder {str(args.folder)!r} must be a folder with the data")
     every = settings(args.iterations)
     if unknown := set(args.only or ()) - every.keys():
         parser.error(f"--only {unknown.pop()!r} must be one of {', '.join(every)}")
@@ -148,6 +150,7 @@ def main() -> None:
     output.mkdir(parents=True, exist_ok=True)
     kept = output / "runs.jsonl"
     lines = map(json.loads, kept.read_text().splitlines() if kept.exists() else ())
+    lines = [line for line in lines if line["iterations"] == args.iterations]
     found = {(line["name"], line["seed"]): line for line in lines}
 
     def run(case: tuple[str, int]) -> None:
@@ -159,7 +162,8 @@ def main() -> None:
         words += [f"train.eval_period={steps // 4}", f"train.checkpointer.period={steps}"]
         words += ["dataloader.train.num_workers=1", "dataloader.test.num_workers=1"]
         folder = output / f"run{[*every].index(name)}_{seed}"
-        found[case] = {"name": name, "seed": seed, **train(words, folder, metric)}
+        kind = {"name": name, "seed": seed, "iterations": args.iterations}
+        found[case] = {**kind, **train(words, folder, metric)}
         with open(kept, "a") as file:
             file.write(json.dumps(found[case]) + "\n")
 
@@ -172,8 +176,8 @@ def main() -> None:
     rows = {name: [found[name, seed] for seed in range(args.seeds)] for name in names}
     table = []
     for name, runs in rows.items():
-        ends = [run["curve"][-1][1] if "curve" in run else float("nan") for run in runs]
-        halves = [run["curve"][1][1] if "curve" in run else float("nan") for run in runs]
+        ends = [run["curve"][-1][1] for run in runs]
+        halves = [run["curve"][1][1] for run in runs]
         table.append((name, statistics.mean(halves), statistics.mean(ends), min(ends), max(ends)))
     headers = ("setting", f"{metric} at half", "at the end", "lowest", "highest")
     print(tabulate(table, headers, "github", floatfmt=".1f"))
