@@ -40,9 +40,10 @@ TINY = {
     "": [f"{BOTTOM_UP}.model_name=test_resnet", f"{BOTTOM_UP}.pretrained=False"],
 }
 
-CONFIGS = [name for name in list_configs() if not name.startswith("dino/")]  # they need detrex
+CONFIGS = [name for name in list_configs() if not name.startswith("detrex/")]  # they need detrex
+DETRS = [name for name in CONFIGS if "detr" in name or "dino" in name]
 PYRAMIDS = [
-    name for name in CONFIGS if ("timm_r50" in name or "finetune" in name) and "detr" not in name
+    name for name in CONFIGS if ("timm_r50" in name or "finetune" in name) and name not in DETRS
 ]
 METRIC = {
     "semantic_fpn": "sem_seg/mIoU",
@@ -89,7 +90,7 @@ def load(tiny, datasets, tmp_path):
         apply_overrides(
             cfg,
             [
-                f"train.max_iter={5 if 'detr' in name else 2}",
+                f"train.max_iter={5 if name in DETRS else 2}",
                 "train.log_period=1",
                 "train.pictures=1",
                 "train.device=cpu",

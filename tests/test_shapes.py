@@ -324,7 +324,7 @@ def test_a_module_of_ones_own():
     assert output_shapes(backbone) == {"res1": ShapeSpec(channels=6, stride=2)}
 
 
-CONFIGS = ["dino/dino_timm_4scale_12ep.py", "dino/dino_torchvision_4scale_12ep.py"]
+CONFIGS = ["detrex/dino_timm_4scale_12ep.py", "detrex/dino_torchvision_4scale_12ep.py"]
 
 
 @pytest.mark.skipif(not NO_DETREX, reason="detrex is there")

@@ -1,4 +1,4 @@
-"""Both configs in dino/, where detrex itself can be imported.
+"""Both configs in detrex/, where detrex itself can be imported.
 
 PYTHONPATH=/path/to/detrex pytest tests/test_with_detrex.py
 """
@@ -8,6 +8,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from detbackbones import TimmBackbone, TransformersDetector
 from detbackbones.config import get_config
 from detbackbones.training.overrides import apply_overrides
 from detectron2.config import instantiate
@@ -20,7 +21,7 @@ pytestmark = pytest.mark.skipif(
 SMALL = ["model.num_queries=20", "model.dn_number=4", "model.select_box_nums_for_evaluation=10"]
 SMALL += ["model.transformer.encoder.num_layers=1", "model.transformer.decoder.num_layers=2"]
 SMALL += ["model.transformer.two_stage_num_proposals=20", "train.device=cpu"]
-TIMM, TORCHVISION = "dino/dino_timm_4scale_12ep.py", "dino/dino_torchvision_4scale_12ep.py"
+TIMM, TORCHVISION = "detrex/dino_timm_4scale_12ep.py", "detrex/dino_torchvision_4scale_12ep.py"
 
 
 class OnCPU(TorchFunctionMode):
@@ -73,3 +74,47 @@ def test_a_step_and_an_answer_at_odd_sizes(config, backbone):
     assert strides == ([16] if "vit" in backbone[0] else [8, 16, 32])
     (found,) = answers
     assert found["instances"].image_size == (262, 314) and len(found["instances"]) == 10
+
+
+def test_our_dino_is_that_of_detrex():
+    """With the weights of detrex's: the same answers, and the same losses but those of noise."""
+    torch.manual_seed(0)
+    cfg = get_config(TIMM)
+    backbone = ["model_name=resnet18", "pretrained=False"]
+    apply_overrides(cfg, [*SMALL, *(f"model.backbone.{word}" for word in backbone)])
+    with nullcontext() if torch.cuda.is_available() else OnCPU():
+        theirs = instantiate(cfg.model)
+    for parameter in theirs.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.05)
+    ours = TransformersDetector(
+        architecture="dino",
+        backbone=TimmBackbone("resnet18", norm="FrozenBN", out_features=["res3", "res4", "res5"]),
+        num_classes=80,
+        num_queries=20,
+        test_topk_per_image=10,
+        config_kwargs={
+            "encoder_layers": 1,
+            "decoder_layers": 2,
+            "position_temperature": 10000,
+            "position_offset": -0.5,
+        },
+    )
+    state = ours.convert_weights(theirs.state_dict())
+    assert ours.load_state_dict(state, strict=False).missing_keys == []
+    batch = [image(256, 320), image(224, 288)]
+    with nullcontext() if torch.cuda.is_available() else OnCPU():
+        expected = theirs.train()(batch)
+        with torch.no_grad():
+            (answer,) = theirs.eval()(batch[:1])
+    losses = ours.train()(batch)
+    for key, loss in losses.items():
+        if "dn" not in key:
+            torch.testing.assert_close(
+                loss, expected[key.replace("_ce", "_class")], rtol=1e-4, atol=0
+            )
+    with torch.no_grad():
+        found, answer = ours.eval()(batch[:1])[0]["instances"], answer["instances"]
+    torch.testing.assert_close(found.scores, answer.scores, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found.pred_boxes.tensor, answer.pred_boxes.tensor, rtol=0, atol=0.01)
+    assert found.pred_classes.tolist() == answer.pred_classes.tolist()

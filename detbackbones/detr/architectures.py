@@ -49,6 +49,7 @@ ARCHITECTURES = {
     "d_fine": _HYBRID,
     "deformable_detr": Architecture((8, 16, 32), loss_weights=(("loss_ce", 1), *_BOX_WEIGHTS)),
     # transformers 5.23 counts the class loss once, whatever cls_loss_coefficient says
+    "dino": Architecture((8, 16, 32)),
     "dab-detr": Architecture((32,), loss_weights=(("loss_ce", 1), *_BOX_WEIGHTS)),
 }
 
@@ -62,6 +63,8 @@ def import_transformers() -> ModuleType:
         raise ImportError(
             f"TransformersDetector needs the package {error.name}: pip install detbackbones[detr]"
         ) from error
+    from . import dino  # noqa: F401  which transformers knows from then on
+
     return transformers
 
 
@@ -190,8 +193,8 @@ def build_config(
         base: start from this configuration instead of the architecture's default.
 
     Raises:
-        ValueError: if ``config_kwargs`` has an unknown name, or one that is computed here, or
-            transformers refuses a value.
+        ValueError: if ``config_kwargs`` has an unknown name, one that is computed here, or a value
+            that is refused.
     """
     transformers = import_transformers()
     kwargs, n = plain_dict(config_kwargs), len(shapes)
@@ -202,6 +205,7 @@ def build_config(
         depths=[1] * n,
         out_indices=list(range(1, n + 1)),
     )
+    default = transformers.AutoConfig.for_model(architecture).to_dict()
     computed = {"backbone_config": stand_in, "num_labels": num_classes, "num_queries": num_queries}
     if ARCHITECTURES[architecture].pyramid:
         computed |= {
@@ -214,7 +218,13 @@ def build_config(
             "anchor_image_size": None,
             "freeze_backbone_batch_norms": False,
         }
-    default = transformers.AutoConfig.for_model(architecture).to_dict()
+    elif "num_feature_levels" in default:  # coarser maps follow those of the backbone
+        maps = kwargs.setdefault("num_feature_levels", max(default["num_feature_levels"], n + 1))
+        if maps < n:
+            raise ValueError(
+                f"config_kwargs: num_feature_levels={maps} must be at least {n}, the number of "
+                "in_features"
+            )
     if "decoder_n_levels" in default:
         computed["decoder_n_levels"] = n
     for key in kwargs:
@@ -234,7 +244,7 @@ def build_config(
         config = transformers.AutoConfig.for_model(architecture, **settings)
     except Exception as error:  # huggingface_hub's validation has errors of its own
         reason = str(error.__cause__ or error).strip().splitlines()[-1].strip()
-        raise ValueError(f"config_kwargs={kwargs} are refused by transformers: {reason}") from error
+        raise ValueError(f"config_kwargs={kwargs} are refused: {reason}") from error
     _check_trainable(ARCHITECTURES[architecture], config.to_dict())
     return config
 

@@ -16,6 +16,7 @@ from torchvision.ops import box_convert
 from ..backbones.feature_backbone import FeatureBackbone
 from ..messages import one_of, whole_number
 from .architectures import ARCHITECTURES, build_config, build_model, choose_levels
+from .dino_names import from_other_programs
 from .pretrained import load_pretrained, read_config, save_pretrained
 
 logger = logging.getLogger(__name__)
@@ -140,10 +141,13 @@ class TransformersDetector(nn.Module):
             **images_and_mask(images), labels=self.prepare_targets(images, instances)
         )
         losses = self._weighted(outputs.loss_dict)
-        if not any(map(len, instances)) and hasattr(self.detr.model, "denoising_class_embed"):
-            # without a box there are no denoising queries: the embedding has a gradient of zeros
-            unused = self.detr.model.denoising_class_embed.weight
-            losses["loss_bbox"] = losses["loss_bbox"] + 0 * unused.sum()
+        embed = getattr(getattr(self.detr, "model", None), "denoising_class_embed", None)
+        if embed is not None and not any(map(len, instances)):
+            # Without a box there are no denoising queries. A process has the losses and gradients
+            # of the others all the same: zeros.
+            kinds = {key.partition("_aux_")[0] for key in losses if "_aux_" in key}
+            layers, nothing = self.detr.config.decoder_layers, 0 * embed.weight.sum()
+            losses |= {f"{kind}_dn_{i}": nothing for kind in kinds for i in range(layers)}
         return losses
 
     def preprocess_image(self, batched_inputs: list[dict[str, Any]]) -> ImageList:
@@ -158,6 +162,13 @@ class TransformersDetector(nn.Module):
         if ARCHITECTURES[self.architecture].padded_boxes:
             return [tuple(images.tensor.shape[-2:])] * len(images)
         return images.image_sizes
+
+    def convert_weights(self, state: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+        """A state dict of another program by the names of this detector.
+
+        Those of DINO are known, see :func:`detbackbones.detr.dino_names.from_other_programs`.
+        """
+        return from_other_programs(state, self.detr.config) if self.architecture == "dino" else state
 
     def prepare_targets(
         self, images: ImageList, instances: list[Instances]

@@ -139,7 +139,8 @@ def _match(
     part that fits its source model.
     """
     own = model.state_dict()
-    part = find_part(tensors, own, within=within)
+    convert = getattr(model, "convert_weights", lambda state: state)
+    part = find_part(tensors, own, convert, within)
     backbones = {}
     for name, backbone in model.named_modules():
         if not isinstance(backbone, FeatureBackbone):

@@ -454,8 +454,8 @@ def test_wrong_input_ends_in_one_sentence(
         ("no/such.py", "--config-file .* does not exist"),
         ("common/models/mask_rcnn.py", "mask_rcnn.py has no 'dataloader'"),
         pytest.param(
-            "dino/dino_timm_4scale_12ep.py",
-            "the configs in dino/ need detrex",
+            "detrex/dino_timm_4scale_12ep.py",
+            "the configs in detrex/ need detrex",
             marks=pytest.mark.skipif(find_spec("detrex") is not None, reason="detrex is there"),
         ),
     ],

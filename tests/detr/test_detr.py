@@ -16,6 +16,7 @@ from detbackbones import (
 )
 from detbackbones.detr.architectures import ARCHITECTURES, encoder_name
 from detbackbones.detr.detector import images_and_mask
+from detbackbones.detr.dino import Dino
 from detbackbones.detr.pretrained import timm_backbone_name, timm_keys
 from detectron2.config import get_cfg
 from detectron2.modeling import build_model
@@ -268,7 +269,7 @@ WRONG = {
     "one": (dict(architecture="dab-detr", in_features=["res4", "res5"]), "takes one level"),
     "typo": (dict(config_kwargs={"decoder_layer": 2}), "'decoder_layer'.*'decoder_layers'"),
     "computed": (dict(config_kwargs={"num_labels": 2}), "'num_labels', which follows"),
-    "value": (dict(config_kwargs={"decoder_layers": "x"}), "refused by transformers"),
+    "value": (dict(config_kwargs={"decoder_layers": "x"}), "are refused: "),
     "no folder": (dict(pretrained_detector=str(TOOLS)), "no folder of a detector"),
 }
 

@@ -262,7 +262,7 @@ def test_a_strangers_config_is_refused_by_the_program(tmp_path, run_train_net, c
     assert not (tmp_path / MARK).exists()
 
 
-@pytest.mark.parametrize("name", [n for n in list_configs() if not n.startswith("dino/")])
+@pytest.mark.parametrize("name", [n for n in list_configs() if not n.startswith("detrex/")])
 def test_our_own_configs_are_read_back(tmp_path, name):
     cfg = get_config(name)
     cfg.train.extra = {"a": 1, "b": [1.5, None, True]}

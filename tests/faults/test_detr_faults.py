@@ -15,7 +15,7 @@ from detbackbones.detr.architectures import ARCHITECTURES
         ({"decoder_layers": 0}, "decoder_layers=0 must be at least 2"),
         ({"no_such": 1}, "config_kwargs has 'no_such'"),
         ({"num_labels": 3}, "config_kwargs has 'num_labels', which follows"),
-        ({"encoder_layers": "two"}, "are refused by transformers"),
+        ({"encoder_layers": "two"}, "are refused: "),
     ],
 )
 def test_options_that_cannot_be_trained_are_refused(architecture, option, message):

@@ -1,0 +1,4 @@
+"""DINO with 4 scales, timm ResNet-50, COCO 12 epochs."""
+
+from ..common.coco_detr import dataloader, lr_multiplier, optimizer, train  # noqa: F401
+from ..common.models.dino import model  # noqa: F401
