@@ -16,6 +16,13 @@ from ..messages import first_line
 # What ends a training that is no fault of the program: wrong images, a full disk, a loss of NaN.
 RUN_ERRORS = (*DATA_ERRORS, FloatingPointError)
 
+# What they say of an evaluation is in its metrics, and is left to the file.
+QUIET = (
+    "detectron2.data.common",
+    "detectron2.evaluation.coco_evaluation",
+    "detectron2.evaluation.fast_eval_api",
+    "detectron2.evaluation.sem_seg_evaluation",
+)
 LOGGERS = ("detbackbones", "detectron2", "fvcore")
 FORMAT = "[%(asctime)s] %(name)s %(levelname)s: %(message)s"
 
@@ -39,8 +46,10 @@ def logging_to(folder: str) -> Iterator[None]:
     for name in LOGGERS:
         logging.getLogger(name).handlers.clear()
         # not by its cache, which takes a second call for the first one's
-        setup_logger.__wrapped__(distributed_rank=rank, name=name, abbrev_name=name)
-        logging.getLogger(name).addHandler(file)
+        own = setup_logger.__wrapped__(distributed_rank=rank, name=name, abbrev_name=name)
+        for screen in own.handlers:
+            screen.addFilter(_is_for_the_screen)
+        own.addHandler(file)
     hook, threading.excepthook = threading.excepthook, _say_in_a_line
     loop.addFilter(_is_a_fault)
     tracing.setLevel(logging.ERROR)
@@ -55,6 +64,10 @@ def logging_to(folder: str) -> Iterator[None]:
             one.handlers[:], one.propagate = handlers, propagate
             one.setLevel(level)
         file.close()
+
+
+def _is_for_the_screen(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.WARNING or record.name not in QUIET
 
 
 def _is_a_fault(record: logging.LogRecord) -> bool:

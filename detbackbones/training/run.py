@@ -1,10 +1,13 @@
 """Training and evaluating a detector from a LazyConfig, as the programs and a notebook do it."""
 
+import contextlib
 import copy
+import io
+import json
 import logging
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -77,7 +80,7 @@ def train(cfg: DictConfig, *, resume: bool = False, overwrite: bool = False) -> 
     """
     cfg = check_config(cfg)
     main = comm.is_main_process()
-    with reserved(cfg, resume=resume, overwrite=overwrite) if main else nullcontext():
+    with reserved(cfg, resume=resume, overwrite=overwrite) if main else contextlib.nullcontext():
         comm.synchronize()
         with logging_to(cfg.train.output_dir):
             return fit(prepare(cfg, resume=resume))
@@ -85,6 +88,9 @@ def train(cfg: DictConfig, *, resume: bool = False, overwrite: bool = False) -> 
 
 def evaluate(cfg: DictConfig) -> Results:
     """Evaluate ``train.init_checkpoint``, or else the last checkpoint in ``train.output_dir``.
+
+    The metrics and the checkpoint's name are written to ``evaluation.json`` in that folder, and
+    what is predicted is drawn in ``evaluation.png``; an earlier evaluation's are replaced.
 
     Args:
         cfg: as of :func:`train`.
@@ -113,7 +119,9 @@ def evaluate(cfg: DictConfig) -> Results:
             )
         results = evaluate_model(cfg, model)
         if comm.is_main_process():
-            report(cfg, results, draw_results(cfg, model))
+            metrics = Path(folder, "evaluation.json")
+            metrics.write_text(json.dumps({"checkpoint": file or init, **results}, indent=1) + "\n")
+            log_files([metrics, *draw_pictures(cfg, model, "evaluation.png")])
         return results
 
 
@@ -145,7 +153,7 @@ def check_config(
     return cfg
 
 
-@contextmanager
+@contextlib.contextmanager
 def reserved(cfg: DictConfig, *, resume: bool = False, overwrite: bool = False) -> Iterator[None]:
     """Have ``train.output_dir`` for one run alone, see :func:`prepare_output`.
 
@@ -181,8 +189,8 @@ def prepare_output(cfg: DictConfig, *, resume: bool = False, overwrite: bool = F
         if run and not overwrite:
             raise FileExistsError(
                 f"train.output_dir={folder} holds a run already ({run[0].name}): choose another, "
-                "continue it with resume=True or --resume, or replace it with overwrite=True or "
-                "--overwrite"
+                "continue it with --resume (resume=True in Python), or replace it with "
+                "--overwrite (overwrite=True)"
             )
         if run:
             pictures = ("predictions.png", "curves.png")
@@ -364,16 +372,22 @@ def fit(run: Run) -> Results:
     run.trainer.register_hooks([*timing, *saving, evaluating, *writing, interrupt])
     parameters = list(model.parameters())
     logger.info(
-        "training %s on %s from iteration %d: %.1f M parameters, %.1f M of them trainable",
+        "training %s on %s, iterations %d to %d, into %s: %.1f M parameters, %.1f M trainable",
         type(model).__name__,
         settings.device,
         run.start_iter,
+        settings.max_iter,
+        settings.output_dir,
         sum(p.numel() for p in parameters) / 1e6,
         sum(p.numel() for p in parameters if p.requires_grad) / 1e6,
     )
     run.trainer.train(run.start_iter, settings.max_iter)
     if main:
-        report(cfg, results, draw_results(cfg, model))
+        folder = Path(settings.output_dir)
+        written = draw_pictures(cfg, model, "predictions.png")
+        written.append(draw_curves(folder / "metrics.json", folder / "curves.png"))
+        names = ("model_final.pth", "metrics.json", "config.yaml", "log.txt")
+        log_files([*written, *(folder / name for name in names)])
     return results
 
 
@@ -397,37 +411,55 @@ def evaluate_model(
     with torch.autocast(cfg.train.device, dtype, enabled=amp.enabled):
         loader, evaluator = map(instantiate, (cfg.dataloader.test, cfg.dataloader.evaluator))
         callbacks = {"before_inference": before_batch} if before_batch else None
-        return inference_on_dataset(model, loader, evaluator, callbacks)
+        with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints
+            results = inference_on_dataset(model, loader, evaluator, callbacks)
+    if comm.is_main_process():
+        logger.info("metrics\n%s", "\n\n".join(metric_tables(results)))
+    return results
 
 
-def draw_results(cfg: DictConfig, model: nn.Module) -> list[Path]:
-    """Draw ground truth beside predictions, and the curves of the run so far."""
-    folder = Path(cfg.train.output_dir)
-    written = []
+def metric_tables(results: Results) -> list[str]:
+    """A table of each task's metrics, and one of those that it has of classes, such as AP-cat.
+
+    What a class without a true box has is no number, and is left out.
+    """
+    tables = []
+    for task, metrics in results.items():
+        whole = {name: value for name, value in metrics.items() if "-" not in name}
+        tables.append(_table([[task, *whole.values()]], ["", *whole]))
+        classes: dict[str, dict[str, float | None]] = {}
+        for name, value in metrics.items():
+            kind, dash, class_name = name.partition("-")
+            if dash:
+                classes.setdefault(class_name, {})[kind] = None if math.isnan(value) else value
+        if classes:
+            kinds = [*next(iter(classes.values()))]
+            rows = [[name, *(row.get(kind) for kind in kinds)] for name, row in classes.items()]
+            tables.append(_table(rows, ["class", *kinds]))
+    return tables
+
+
+def _table(rows: list[list], headers: list[str]) -> str:
+    return tabulate(rows, headers, tablefmt="github", floatfmt=".1f", missingval="-")
+
+
+def log_files(written: list[Path]) -> None:
+    """Say which files there are now."""
+    logger.info("wrote %s", ", ".join(map(str, written)))
+
+
+def draw_pictures(cfg: DictConfig, model: nn.Module, name: str) -> list[Path]:
+    """Draw ground truth beside predictions; returns the file, if any pictures are asked for."""
     dataset = instantiate(cfg.dataloader.test.dataset)
     count = min(cfg.train.pictures, len(dataset))
     images = [dataset[i * len(dataset) // count] for i in range(count)]
-    if images:
-        mapper = instantiate(cfg.dataloader.test.mapper)
-        model.eval()
-        with torch.no_grad():
-            predictions = [model([mapper(image)])[0] for image in images]
-        metadata = MetadataCatalog.get(instantiate(cfg.dataloader.test.dataset.names))
-        read = getattr(mapper, "picture", None)
-        written += [
-            draw_predictions(images, predictions, metadata, folder / "predictions.png", read=read)
-        ]
-    if (folder / "metrics.json").is_file():
-        written += [draw_curves(folder / "metrics.json", folder / "curves.png")]
-    return written
-
-
-def report(cfg: DictConfig, results: Results, written: list[Path]) -> None:
-    """Log the metrics as a table, and the files that there are now."""
-    rows = [(task, *item) for task, metrics in results.items() for item in metrics.items()]
-    table = tabulate(rows, ("task", "metric", "value"), tablefmt="github", floatfmt=".4f")
-    logger.info("metrics\n%s", table)
-    folder = Path(cfg.train.output_dir)
-    names = ("model_final.pth", "metrics.json", "config.yaml", "log.txt")
-    files = [*written, *(folder / name for name in names if (folder / name).exists())]
-    logger.info("wrote %s", ", ".join(map(str, files)))
+    if not images:
+        return []
+    mapper = instantiate(cfg.dataloader.test.mapper)
+    model.eval()
+    with torch.no_grad():
+        predictions = [model([mapper(image)])[0] for image in images]
+    metadata = MetadataCatalog.get(instantiate(cfg.dataloader.test.dataset.names))
+    read = getattr(mapper, "picture", None)
+    path = Path(cfg.train.output_dir, name)
+    return [draw_predictions(images, predictions, metadata, path, read=read)]
