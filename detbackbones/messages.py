@@ -10,7 +10,10 @@ def nearest(value: object, valid: Iterable[str], most: int = 8) -> str:
     if len(valid) <= most:
         return f"valid are {', '.join(map(repr, valid))}" if valid else "there is none"
     names = {name.lower(): name for name in valid}
-    close = [names[n] for n in get_close_matches(str(value).lower(), names, n=3, cutoff=0.5)]
+    word = str(value).lower()
+    close = [names[n] for n in get_close_matches(word, names, n=3, cutoff=0.5)]
+    if not close and len(word) > 2:
+        close = [name for lower, name in names.items() if word in lower][:3]
     return f"the nearest are {', '.join(map(repr, close))}" if close else "no name is near it"
 
 

@@ -21,4 +21,7 @@ def main(words: Sequence[str] | None = None) -> None:
         count = export_backbone(args.checkpoint, args.output)
     except (ValueError, OSError) as error:
         fail("backbone", error)
-    print(f"wrote {count} tensors to {args.output}")
+    print(
+        f"wrote {count} tensors to {args.output}: load them with strict=False into the "
+        "classification model, or by checkpoint_path= into a backbone"
+    )

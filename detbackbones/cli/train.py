@@ -8,6 +8,7 @@ The config is a file, or one that comes with the package, by its name. The outpu
 config.yaml, checkpoints, metrics.json, log.txt, predictions.png and curves.png.
 """
 
+import signal
 import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -38,6 +39,14 @@ def work(command: str, cfg: DictConfig, resume: bool) -> None:
         if comm.is_main_process():
             print(f"detbackbones {command}: {error}", file=sys.stderr)
         sys.exit(128 + error.signum)
+    except KeyboardInterrupt:
+        if comm.is_main_process():
+            print(
+                f"detbackbones {command}: ended at once by a second Ctrl-C; checkpoints written "
+                "before are whole",
+                file=sys.stderr,
+            )
+        sys.exit(128 + signal.SIGINT)
 
 
 def main(words: Sequence[str] | None = None) -> None:

@@ -32,6 +32,7 @@ def draw_curves(metrics_file: str | Path, path: str | Path) -> Path:
     """
     curves = read_curves(metrics_file)
     losses = main_losses(curves)
+    hidden = any(name.startswith("loss") and name not in losses for name in curves)
     metrics = [k for k in curves if re.search(METRICS, k)]
     if not losses:
         raise ValueError(
@@ -44,7 +45,8 @@ def draw_curves(metrics_file: str | Path, path: str | Path) -> Path:
     for name in sorted(losses, key=lambda name: (name != "total_loss", name)):
         iterations, values = _smooth(*curves[name])
         look = {"lw": 2, "color": "black"} if name == "total_loss" else {"lw": 1.2}
-        axes["loss"].plot(iterations, values, _marker(values), label=name, **look)
+        label = f"{name}, auxiliary losses included" if name == "total_loss" and hidden else name
+        axes["loss"].plot(iterations, values, _marker(values), label=label, **look)
     if "lr" in curves:
         axes["lr"].plot(*curves["lr"], _marker(curves["lr"][0]), color="gray", lw=1)
     for name in sorted(metrics):
@@ -61,7 +63,7 @@ def draw_curves(metrics_file: str | Path, path: str | Path) -> Path:
             axes[key].xaxis.set_major_locator(MaxNLocator(integer=True))
     iterations = np.concatenate([curves[name][0] for name in [*losses, *metrics]])
     margin = 0.03 * np.ptp(iterations) + 0.5  # the last evaluation comes after the last loss
-    axes["lr"].set_xlim(iterations.min() - margin, iterations.max() + margin)
+    axes["lr"].set_xlim(min(0, iterations.min()) - margin, iterations.max() + margin)
     axes["loss"].tick_params(labelbottom=False)
     axes["loss"].set_xlabel("")
     path = Path(path)

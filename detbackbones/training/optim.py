@@ -34,7 +34,7 @@ def param_groups(
 
     Weight decay is for the matrices and kernels of linear maps. Biases, norms, tokens, position
     embeddings and biases, layer scales, ``nn.Embedding`` and what timm's ``no_weight_decay()``
-    names have none. The main process logs a table of the groups.
+    names have none. Where learning rates differ the main process logs a table of the groups.
 
     Example::
 
@@ -92,7 +92,8 @@ def param_groups(
             part = FROZEN
         table.setdefault(part, []).append((name, lr, parameter.numel(), decays))
     if comm.is_main_process():
-        logger.info("parameter groups\n%s", _table(table, weight_decay))
+        level = logging.DEBUG if backbone_lr_factor == layer_decay == 1 else logging.INFO
+        logger.log(level, "parameter groups\n%s", _table(table, weight_decay))
     return reduce_param_groups(groups)
 
 

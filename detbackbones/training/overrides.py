@@ -1,6 +1,7 @@
 """Command-line overrides of a LazyConfig that refuse a key the config cannot use."""
 
 import inspect
+from collections.abc import Iterator
 from typing import Any
 
 from detectron2.utils.registry import locate
@@ -74,8 +75,7 @@ def _check_key(cfg: DictConfig, key: str) -> None:
         name, _, index = part.partition("[")
         known = None if free else _keys(node)
         if known is not None and name not in known:
-            near = nearest(f"{path}{name}", [f"{path}{k}" for k in known])
-            raise ValueError(f"config key {key!r} is unknown: {near}")
+            raise ValueError(f"config key {key!r} is unknown: {_near(cfg, key, path, known)}")
         if not isinstance(node, DictConfig | ListConfig):
             above = path.removesuffix(".")
             raise ValueError(
@@ -91,6 +91,24 @@ def _check_key(cfg: DictConfig, key: str) -> None:
         # a dict that is an argument, such as model_kwargs, may have any keys
         free = called and isinstance(node, DictConfig) and "_target_" not in node
         path += f"{name}." if not index else f"{part}."
+
+
+def _near(cfg: DictConfig, key: str, path: str, known: set[str]) -> str:
+    """A clause that names the keys that may be meant: those that end so, or those at its place."""
+    ends = [full for full in _paths(cfg) if full.endswith(f".{key}")]
+    if ends:
+        return f"is {' or '.join(map(repr, ends[:3]))} meant"
+    name = key.removeprefix(path).partition(".")[0].partition("[")[0]
+    return nearest(f"{path}{name}", [f"{path}{k}" for k in known])
+
+
+def _paths(node: Any, path: str = "") -> Iterator[str]:
+    """The keys of a config, with the arguments that its callables take beside them."""
+    if isinstance(node, DictConfig):
+        for key in sorted(_keys(node) or map(str, node)):
+            yield f"{path}{key}"
+            below = node._get_node(key)
+            yield from _paths(below, f"{path}{key}.")
 
 
 def _keys(node: DictConfig | ListConfig | None) -> set[str] | None:

@@ -54,8 +54,14 @@ def export_backbone(checkpoint: str, output: str) -> int:
 
     Raises:
         FileExistsError: if ``output`` exists.
-        ValueError: if there is no backbone in the checkpoint.
+        FileNotFoundError: if the folder of ``output`` or the checkpoint does not exist.
+        ValueError: if there is no backbone in the checkpoint, or ``output`` ends on another type.
     """
+    if not output.endswith((".safetensors", ".pth")):
+        raise ValueError(f"output {output!r} must end on .safetensors or .pth")
+    folder = os.path.dirname(output) or "."
+    if not os.path.isdir(folder):
+        raise FileNotFoundError(f"output {output!r} must be in a folder that exists")
     if os.path.exists(output):
         raise FileExistsError(f"output {output!r} exists: choose another name or remove it")
     tensors, within = read_tensors(checkpoint)

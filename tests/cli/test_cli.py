@@ -100,3 +100,17 @@ def test_backbone_of_what_is_no_checkpoint(tmp_path, capsys):
     assert run_main(cli, "backbone", tmp_path / "no.pth", tmp_path / "out.pth") == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("detbackbones backbone: ") and "no.pth" in line
+
+
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [
+        ("nowhere/b.pth", "nowhere/b.pth' must be in a folder that exists"),
+        ("b.pt", "b.pt' must end on .safetensors or .pth"),
+        ("backbone", "backbone' must end on .safetensors or .pth"),
+    ],
+)
+def test_a_backbone_is_not_written_anywhere(tmp_path, capsys, output, message):
+    assert run_main(cli, "backbone", tmp_path / "model_final.pth", tmp_path / output) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("detbackbones backbone: output ") and line.endswith(message)

@@ -76,6 +76,9 @@ def test_the_rest_stays(cfg):
 
 UNKNOWN = {
     "trian.seed=1": "config key 'trian.seed' is unknown: .*'train'",
+    "model_name=a": f"'model_name' is unknown: is '{BOTTOM_UP}.model_name' or",
+    "pretrained=False": f"'pretrained' is unknown: is '{BOTTOM_UP}.pretrained' meant",
+    "bottom_up.drop_path_rate=0": f"is unknown: is '{BOTTOM_UP}.drop_path_rate' meant",
     "train.max_itr=1": "'train.max_itr' is unknown: .*'train.max_iter'",
     "train.amp.enable=True": "'train.amp.enable' is unknown: .*'train.amp.enabled'",
     f"{BOTTOM_UP}.model_nam=a": f"is unknown: .*'{BOTTOM_UP}.model_name'",
