@@ -13,15 +13,17 @@ except ImportError as error:
             "its repository, as `detbackbones install-detectron2 --upstream` does"
         ) from error
     raise ImportError(
-        f"the configs in detrex/ need detrex and its projects/dino, which cannot be imported ({error}"
-        "): install detrex from a checkout of https://github.com/IDEA-Research/detrex and run with "
-        "PYTHONPATH set to that checkout"
+        "the configs in detrex/ need detrex and its projects/dino, which cannot be imported "
+        f"({error}): install detrex from a checkout of https://github.com/IDEA-Research/detrex and "
+        "run with PYTHONPATH set to that checkout"
     ) from error
 
 _folder = Path(projects.dino.modeling.__file__).parents[1] / "configs"
 _files = [*_folder.glob("**/dino_r50_4scale_12ep.py")]
 if not _files:
-    raise ImportError(f"the configs in detrex/ need dino_r50_4scale_12ep.py, and {_folder} has none")
+    raise ImportError(
+        f"the configs in detrex/ need dino_r50_4scale_12ep.py, and {_folder} has none"
+    )
 dataloader, lr_multiplier, model, optimizer, train = LazyConfig.load(
     str(_files[0]), keys=("dataloader", "lr_multiplier", "model", "optimizer", "train")
 )

@@ -168,7 +168,9 @@ class TransformersDetector(nn.Module):
 
         Those of DINO are known, see :func:`detbackbones.detr.dino_names.from_other_programs`.
         """
-        return from_other_programs(state, self.detr.config) if self.architecture == "dino" else state
+        if self.architecture != "dino":
+            return state
+        return from_other_programs(state, self.detr.config)
 
     def prepare_targets(
         self, images: ImageList, instances: list[Instances]

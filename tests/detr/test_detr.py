@@ -14,9 +14,8 @@ from detbackbones import (
     add_backbone_config,
     build_pyramid,
 )
-from detbackbones.detr.architectures import ARCHITECTURES, encoder_name
+from detbackbones.detr.architectures import ARCHITECTURES, encoder_name, import_transformers
 from detbackbones.detr.detector import images_and_mask
-from detbackbones.detr.dino import Dino
 from detbackbones.detr.pretrained import timm_backbone_name, timm_keys
 from detectron2.config import get_cfg
 from detectron2.modeling import build_model
@@ -30,6 +29,7 @@ from transformers import (
     TimmBackboneConfig,
 )
 
+import_transformers()  # which knows DINO from then on
 SMALL = {"decoder_layers": 2, "encoder_layers": 1}
 NOWHERE = "detbackbones/there-is-no-such-detector"
 

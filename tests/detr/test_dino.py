@@ -51,7 +51,7 @@ def test_every_loss_by_hand():
     giou = 0.12 / union - (0.2 - union) / 0.2
     expected = {"loss_ce": unmatched + matched, "loss_bbox": 5 * 0.1, "loss_giou": 2 * (1 - giou)}
     losses = model._losses(predicted, [predicted, predicted], truth, num_boxes=1)
-    names = {f"{name}{end}": value for name, value in expected.items() for end in ("_enc", "_0", "")}
+    names = {f"{key}{end}": value for key, value in expected.items() for end in ("_enc", "_0", "")}
     assert {key: value.item() for key, value in losses.items()} == pytest.approx(names, abs=1e-5)
 
     # Denoising: the first query is the positive one whatever its box, the second the negative one.
@@ -70,7 +70,8 @@ def test_the_losses_are_divided_by_the_boxes_of_all_groups():
     pixels = images(2, 3, 64, 96)
     losses = model(pixels, mask(pixels), labels(2, 1)).loss_dict
     ends = ("_enc", "_0", "", "_dn_0", "_dn")
-    assert sorted(losses) == sorted(f"loss_{k}{end}" for k in ("ce", "bbox", "giou") for end in ends)
+    kinds = ("loss_ce", "loss_bbox", "loss_giou")
+    assert sorted(losses) == sorted(f"{kind}{end}" for kind in kinds for end in ends)
     # nothing is learned: positive queries have the boxes that the noise gave them, at most half a
     # side away, so that each of the four numbers is at most 0.5 x 0.4 off, in the mean over boxes
     assert 0 < losses["loss_bbox_dn_0"] < 5 * 4 * 0.2
@@ -410,7 +411,9 @@ def another_programs(program, model):
         state[SINGLE["label_embed.weight"][index]] = own["label_embed.weight"][:-1]
     if program == "detrex":  # which has the heads twice
         state |= {
-            f"transformer.decoder.{k}": v for k, v in state.items() if k.startswith(("class", "bbox"))
+            f"transformer.decoder.{k}": v
+            for k, v in state.items()
+            if k.startswith(("class", "bbox"))
         }
     if program == "mmdetection":  # whose convolutions have no bias before a norm
         state = {k: v for k, v in state.items() if not (k.startswith("neck") and "conv.bias" in k)}
