@@ -63,7 +63,7 @@ setup(
         "yacs>=0.1.8",
     ],
     extras_require={
-        "detr": ["scipy", "transformers>=5.23"],
+        "detr": ["scipy", "shapely", "transformers>=5.23"],
         "docs": ["mkdocs-material", "mkdocstrings[python]"],
         "test": ["playwright", "pytest", "pytest-xdist", "ruff", "scikit-image"],
     },

@@ -33,7 +33,7 @@ else:
         list_hf_hub_backbones,
     )
     from .config import add_backbone_config, get_config, list_configs, load_config
-    from .detr import TransformersDetector
+    from .detr import TransformersDetector, TransformersSegmenter
     from .heads import DPTHead, LinearHead
 
 __all__ = [
@@ -46,6 +46,7 @@ __all__ = [
     "TimmBackbone",
     "TorchvisionBackbone",
     "TransformersDetector",
+    "TransformersSegmenter",
     "add_backbone_config",
     "build_pyramid",
     "count_parameters",

@@ -3,15 +3,16 @@
 from .coco import register_coco
 from .loader import TrainLoader, build_train_loader
 from .mapper import CheckedDatasetMapper
+from .panoptic import PanopticEvaluator
 from .registry import num_classes
-from .semantic import panoptic_evaluator, read_label_map, register_semantic, sem_seg_evaluator
+from .semantic import read_label_map, register_semantic, sem_seg_evaluator
 
 __all__ = [
     "CheckedDatasetMapper",
+    "PanopticEvaluator",
     "TrainLoader",
     "build_train_loader",
     "num_classes",
-    "panoptic_evaluator",
     "read_label_map",
     "register_coco",
     "register_semantic",

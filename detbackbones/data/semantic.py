@@ -1,14 +1,13 @@
 """A user's own label maps as a detectron2 dataset, and the evaluators that read label maps."""
 
 import glob
-import importlib.util
 import logging
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from detectron2.evaluation import COCOPanopticEvaluator, SemSegEvaluator
+from detectron2.evaluation import SemSegEvaluator
 from PIL import Image
 
 from ..messages import few, first_line
@@ -100,27 +99,6 @@ def sem_seg_evaluator(dataset_name: str) -> SemSegEvaluator:
         an evaluator for ``dataloader.evaluator``.
     """
     return SemSegEvaluator(dataset_name, sem_seg_loading_fn=read_label_map)
-
-
-def panoptic_evaluator(dataset_name: str) -> COCOPanopticEvaluator:
-    """detectron2's COCOPanopticEvaluator, which would miss its package only after the training.
-
-    Args:
-        dataset_name: a dataset of panoptic segmentation that detectron2 registered.
-
-    Returns:
-        an evaluator for ``dataloader.evaluator``.
-
-    Raises:
-        ModuleNotFoundError: if panopticapi is not installed.
-    """
-    if importlib.util.find_spec("panopticapi") is None:
-        raise ModuleNotFoundError(
-            "the evaluation of panoptic segmentation needs panopticapi, which is not installed: "
-            "pip install git+https://github.com/cocodataset/panopticapi, or remove this evaluator "
-            "from dataloader.evaluator"
-        )
-    return COCOPanopticEvaluator(dataset_name)
 
 
 def _list_images(image_root: str) -> list[Path]:

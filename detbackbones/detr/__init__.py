@@ -1,5 +1,6 @@
-"""DETR-family detectors of transformers, on any backbone."""
+"""DETR-family detectors and segmenters of transformers, on any backbone."""
 
 from .detector import TransformersDetector
+from .segmenter import TransformersSegmenter
 
-__all__ = ["TransformersDetector"]
+__all__ = ["TransformersDetector", "TransformersSegmenter"]

@@ -1,5 +1,6 @@
 """The DETR-family models of transformers: what each asks of a backbone, and building one on it."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import ModuleType
@@ -25,8 +26,9 @@ class Architecture:
 
     Attributes:
         strides: of the levels that it takes by default.
-        pyramid: each level's stride must be twice that of the level before, and the queries are
-            chosen from all positions.
+        pyramid: each level's stride must be twice that of the level before.
+        hybrid: it has the hybrid encoder of RT-DETR, whose configuration tells of every level, and
+            its queries are chosen from all positions.
         padded_boxes: boxes are fractions of the padded images (the model has no use for the mask
             of the pixels), else of each image's own size.
         loss_weights: prefixes of the names of losses to the attributes of the configuration with
@@ -35,11 +37,12 @@ class Architecture:
 
     strides: tuple[int, ...]
     pyramid: bool = False
+    hybrid: bool = False
     padded_boxes: bool = False
     loss_weights: tuple[tuple[str, str | float], ...] = ()
 
 
-_HYBRID = Architecture((8, 16, 32), pyramid=True, padded_boxes=True)
+_HYBRID = Architecture((8, 16, 32), pyramid=True, hybrid=True, padded_boxes=True)
 _BOX_WEIGHTS = (("loss_bbox", "bbox_loss_coefficient"), ("loss_giou", "giou_loss_coefficient"))
 
 # by model_type, as transformers.AutoConfig knows them
@@ -52,6 +55,8 @@ ARCHITECTURES = {
     "dino": Architecture((8, 16, 32)),
     "dab-detr": Architecture((32,), loss_weights=(("loss_ce", 1), *_BOX_WEIGHTS)),
 }
+SEGMENTERS = {"mask2former": Architecture((4, 8, 16, 32), pyramid=True)}
+_ALL = ARCHITECTURES | SEGMENTERS
 
 
 def import_transformers() -> ModuleType:
@@ -121,7 +126,7 @@ def choose_levels(
     Raises:
         ValueError: if a level is unknown, or the strides are not what the model needs.
     """
-    wanted, shapes = ARCHITECTURES[architecture], backbone.output_shape()
+    wanted, shapes = _ALL[architecture], backbone.output_shape()
     has = ", ".join(f"{name} ({shape.stride})" for name, shape in shapes.items())
     if in_features is not None:
         names = select_levels(in_features, list(shapes), "in_features")
@@ -157,7 +162,7 @@ def _check_trainable(architecture: Architecture, settings: Mapping[str, Any]) ->
         ValueError: if a parameter would have no gradient, which distributed training refuses at its
             second step, or the model would fail at the first image.
     """
-    if architecture.pyramid and not settings["auxiliary_loss"]:
+    if architecture.hybrid and not settings["auxiliary_loss"]:
         raise ValueError(
             "config_kwargs: auxiliary_loss=False must be left out: the encoder's part in choosing "
             "queries would have no loss"
@@ -185,7 +190,7 @@ def build_config(
     """The configuration of a model of transformers for feature maps of these shapes.
 
     Args:
-        architecture: a key of ``ARCHITECTURES``.
+        architecture: a key of ``ARCHITECTURES`` or ``SEGMENTERS``.
         shapes: of the levels, fine to coarse.
         num_classes: without background.
         num_queries: None is for what the model has by default.
@@ -207,7 +212,10 @@ def build_config(
     )
     default = transformers.AutoConfig.for_model(architecture).to_dict()
     computed = {"backbone_config": stand_in, "num_labels": num_classes, "num_queries": num_queries}
-    if ARCHITECTURES[architecture].pyramid:
+    if architecture in SEGMENTERS:
+        strides = [shape.stride for shape in shapes]
+        computed |= {"feature_strides": strides, "common_stride": strides[0]}
+    elif ARCHITECTURES[architecture].hybrid:
         computed |= {
             "encoder_in_channels": [shape.channels for shape in shapes],
             "feat_strides": [shape.stride for shape in shapes],
@@ -234,18 +242,23 @@ def build_config(
             raise ValueError(f"config_kwargs has {key!r}: {nearest(key, default)}")
     if num_queries is None:
         del computed["num_queries"]
-    settings = (base.to_dict() if base else {}) | {"auxiliary_loss": True} | kwargs | computed
+    auxiliary = {"auxiliary_loss": True} if "auxiliary_loss" in default else {}
+    settings = (base.to_dict() if base else {}) | auxiliary | kwargs | computed
     for key in ("id2label", "label2id", "model_type"):  # these of num_classes take their place
         settings.pop(key, None)
     if "decoder_in_channels" in computed:
         width = settings.get("encoder_hidden_dim", default.get("encoder_hidden_dim"))
         settings["decoder_in_channels"] = [width] * n
+    saying = logging.getLogger(f"transformers.models.{architecture}.configuration_{architecture}")
+    saying.disabled = True  # that the stand-in is no Swin
     try:
         config = transformers.AutoConfig.for_model(architecture, **settings)
     except Exception as error:  # huggingface_hub's validation has errors of its own
         reason = str(error.__cause__ or error).strip().splitlines()[-1].strip()
         raise ValueError(f"config_kwargs={kwargs} are refused: {reason}") from error
-    _check_trainable(ARCHITECTURES[architecture], config.to_dict())
+    finally:
+        saying.disabled = False
+    _check_trainable(_ALL[architecture], config.to_dict())
     return config
 
 
@@ -261,7 +274,7 @@ def build_model(
     """
     transformers = import_transformers()
     model = transformers.AutoModelForObjectDetection.from_config(config)
-    chosen = config.num_queries if ARCHITECTURES[config.model_type].pyramid else 0
+    chosen = config.num_queries if ARCHITECTURES[config.model_type].hybrid else 0
     model.set_submodule(encoder_name(model), BackboneEncoder(backbone, names, chosen))
     return model
 

@@ -1,7 +1,6 @@
 """TransformersDetector: a DETR-family model of transformers as a detectron2 meta-architecture."""
 
 import logging
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,20 +9,19 @@ from detectron2.config import CfgNode, configurable
 from detectron2.modeling import META_ARCH_REGISTRY, Backbone, build_backbone
 from detectron2.modeling.postprocessing import detector_postprocess
 from detectron2.structures import Boxes, ImageList, Instances
-from torch import nn
 from torchvision.ops import box_convert
 
-from ..backbones.feature_backbone import FeatureBackbone
 from ..messages import one_of, whole_number
 from .architectures import ARCHITECTURES, build_config, build_model, choose_levels
 from .dino_names import from_other_programs
+from .images import OfNormalizedImages, images_and_mask
 from .pretrained import load_pretrained, read_config, save_pretrained
 
 logger = logging.getLogger(__name__)
 
 
 @META_ARCH_REGISTRY.register()
-class TransformersDetector(nn.Module):
+class TransformersDetector(OfNormalizedImages):
     """RT-DETR, RT-DETRv2, D-FINE, Deformable DETR or DAB-DETR of transformers, on any backbone.
 
     Its state dict has the backbone under ``backbone.`` and the rest of the model under ``detr.``.
@@ -66,7 +64,7 @@ class TransformersDetector(nn.Module):
             ValueError: if an argument is out of range, or the backbone's levels do not fit.
             ConnectionError: if ``pretrained_detector`` cannot be downloaded.
         """
-        super().__init__()
+        super().__init__(backbone, pixel_mean, pixel_std)
         whole_number("num_classes", num_classes)
         whole_number("test_topk_per_image", test_topk_per_image)
         if num_queries is not None:
@@ -82,23 +80,12 @@ class TransformersDetector(nn.Module):
         names = choose_levels(architecture, backbone, in_features)
         shapes = [backbone.output_shape()[name] for name in names]
         config = build_config(architecture, shapes, num_classes, num_queries, config_kwargs, base)
-        mean, std = (
-            _backbones_own(backbone, key) if value is None else value
-            for key, value in (("pixel_mean", pixel_mean), ("pixel_std", pixel_std))
-        )
 
         self.architecture = architecture
         self.num_classes = num_classes
         self.in_features = names
         self.test_topk_per_image = test_topk_per_image
-        self.backbone = backbone
         self.detr = build_model(config, backbone, names)
-        self.register_buffer(
-            "pixel_mean", torch.tensor(list(mean), dtype=torch.float32).view(-1, 1, 1), False
-        )
-        self.register_buffer(
-            "pixel_std", torch.tensor(list(std), dtype=torch.float32).view(-1, 1, 1), False
-        )
         if pretrained_detector:
             logger.info(load_pretrained(self.detr, backbone, pretrained_detector))
 
@@ -115,11 +102,6 @@ class TransformersDetector(nn.Module):
             "pixel_std": cfg.MODEL.PIXEL_STD,
             "test_topk_per_image": cfg.TEST.DETECTIONS_PER_IMAGE,
         }
-
-    @property
-    def device(self) -> torch.device:
-        """Where the images go."""
-        return self.pixel_mean.device
 
     def forward(self, batched_inputs: list[dict[str, Any]]) -> Any:
         """
@@ -149,13 +131,6 @@ class TransformersDetector(nn.Module):
             layers, nothing = self.detr.config.decoder_layers, 0 * embed.weight.sum()
             losses |= {f"{kind}_dn_{i}": nothing for kind in kinds for i in range(layers)}
         return losses
-
-    def preprocess_image(self, batched_inputs: list[dict[str, Any]]) -> ImageList:
-        """Images on the model's device, normalized, padded to the largest of them."""
-        images = [x["image"].to(self.device) for x in batched_inputs]
-        images = [(image - self.pixel_mean) / self.pixel_std for image in images]
-        divisor, constraints = self.backbone.size_divisibility, self.backbone.padding_constraints
-        return ImageList.from_tensors(images, divisor, padding_constraints=constraints)
 
     def _frames(self, images: ImageList) -> list[tuple[int, int]]:
         """The (height, width) that the boxes of each image are fractions of."""
@@ -195,16 +170,8 @@ class TransformersDetector(nn.Module):
         return losses
 
     def _inference(self, batched_inputs: list[dict[str, Any]]) -> list[dict[str, Instances]]:
-        # Images of one size together: the encoders look at all of an image, its padding too, and
-        # what is detected in it would depend on the sizes of those beside it.
-        singles = [self.preprocess_image([x]) for x in batched_inputs]
-        groups = defaultdict(list)
-        for i, image in enumerate(singles):
-            groups[image.tensor.shape].append(i)
         results: dict[int, dict[str, Instances]] = {}
-        for indices in groups.values():
-            sizes = [singles[i].image_sizes[0] for i in indices]
-            images = ImageList(torch.cat([singles[i].tensor for i in indices]), sizes)
+        for indices, images in self.groups_of_one_size(batched_inputs):
             outputs = self.detr(**images_and_mask(images))
             detections = self._detections(images, outputs.logits, outputs.pred_boxes)
             for i, found in zip(indices, detections):
@@ -244,21 +211,3 @@ class TransformersDetector(nn.Module):
         """
         pixels = (self.pixel_mean, self.pixel_std)
         save_pretrained(folder, self.detr, self.backbone, self.in_features, pixels, class_names)
-
-
-def images_and_mask(images: ImageList) -> dict[str, torch.Tensor]:
-    """Images as transformers takes them: ``pixel_values`` and ``pixel_mask``."""
-    n, _, height, width = images.tensor.shape
-    mask = torch.zeros((n, height, width), dtype=torch.long, device=images.tensor.device)
-    for i, (h, w) in enumerate(images.image_sizes):
-        mask[i, :h, :w] = 1
-    return {"pixel_values": images.tensor, "pixel_mask": mask}
-
-
-def _backbones_own(backbone: Backbone, key: str) -> Sequence[float]:
-    """The mean or deviation of the pixels that a backbone's source model was trained on."""
-    sources = [m for m in backbone.modules() if isinstance(m, FeatureBackbone)]
-    value = getattr(sources[0], key) if sources else None
-    if value is None:
-        raise ValueError(f"{key}=None, and the backbone does not say what it was trained with")
-    return value

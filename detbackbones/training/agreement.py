@@ -29,15 +29,20 @@ def check_classes(cfg: DictConfig) -> None:
     if not isinstance(name, str) or name not in DatasetCatalog:
         return
     metadata = MetadataCatalog.get(name)
-    classes = {kind: metadata.get(f"{kind}_classes") for kind in ("thing", "stuff")}
-    for key, value in _class_counts(cfg.model, "model"):
+    things, stuff = (len(metadata.get(f"{kind}_classes") or ()) for kind in ("thing", "stuff"))
+    task = cfg.model.get("task")
+    counts = [*_class_counts(cfg.model, "model")]
+    if task == "panoptic":
+        counts.append(("model.num_things", cfg.model.get("num_things")))
+    for key, value in counts:
         if value == 1 and ".mask_head." in key:  # one mask for all classes
             continue
-        kind = "stuff" if ".sem_seg_head." in key else "thing"
-        wanted = classes[kind]
-        if wanted and value != len(wanted):
+        wanted = stuff if task == "semantic" or ".sem_seg_head." in key else things
+        if task == "panoptic" and key == "model.num_classes":
+            wanted = things + stuff - 1  # the first kind of stuff is all things
+        if wanted and value != wanted:
             raise ValueError(
-                f"{key}={value} must be {len(wanted)}, the number of classes of the training data"
+                f"{key}={value} must be {wanted}, the number of classes of the training data"
             )
 
 

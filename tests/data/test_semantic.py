@@ -1,6 +1,5 @@
 """Registering a user's own label maps: what is loaded, what is refused, and its evaluation."""
 
-import importlib.util
 import os
 from pathlib import Path
 
@@ -9,7 +8,7 @@ import pytest
 import torch
 from detbackbones.data.mapper import CheckedDatasetMapper
 from detbackbones.data.registry import num_classes
-from detbackbones.data.semantic import panoptic_evaluator, register_semantic, sem_seg_evaluator
+from detbackbones.data.semantic import register_semantic, sem_seg_evaluator
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from PIL import Image
 
@@ -134,12 +133,6 @@ def test_wrong_semantic_arguments_are_refused(semantic, monkeypatch, change, err
     arguments = {"image_root": "images", "label_root": "labels", "num_classes": 2, **change}
     with pytest.raises(error, match=message):
         register_semantic(**arguments)
-
-
-@pytest.mark.skipif(importlib.util.find_spec("panopticapi"), reason="panopticapi is there")
-def test_panoptic_evaluator_misses_its_package_at_once():
-    with pytest.raises(ModuleNotFoundError, match="pip install git.*panopticapi"):
-        panoptic_evaluator("coco_2017_val_panoptic_separated")
 
 
 @needs_data

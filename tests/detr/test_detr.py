@@ -15,7 +15,7 @@ from detbackbones import (
     build_pyramid,
 )
 from detbackbones.detr.architectures import ARCHITECTURES, encoder_name, import_transformers
-from detbackbones.detr.detector import images_and_mask
+from detbackbones.detr.images import images_and_mask
 from detbackbones.detr.pretrained import timm_backbone_name, timm_keys
 from detectron2.config import get_cfg
 from detectron2.modeling import build_model
@@ -81,7 +81,7 @@ def test_it_equals_the_model_of_transformers(tmp_path, architecture):
     """The same weights, frozen batch norm, the same padded batch: resnet50 where it counts."""
     name = "resnet50" if architecture == "rt_detr_v2" else "resnet18"
     indices = [4] if architecture == "dab-detr" else [2, 3, 4]
-    hybrid = ARCHITECTURES[architecture].pyramid
+    hybrid = ARCHITECTURES[architecture].hybrid
     theirs = reference(tmp_path, architecture, name, indices, **(channels(name) if hybrid else {}))
     ours = detector(
         backbone=TimmBackbone(name, norm="FrozenBN"),

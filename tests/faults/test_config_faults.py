@@ -111,6 +111,16 @@ DISAGREEING = {
     "no classes": ("faster_rcnn", ["model.roi_heads.num_classes=0"], "num_classes=0 must be 2"),
     "more classes": ("mask_rcnn", ["model.roi_heads.num_classes=9"], "num_classes=9 must be 2"),
     "classes of RetinaNet": ("retinanet", ["model.num_classes=3"], "num_classes=3 must be 2"),
+    "classes of queries": (
+        "mask2former_instance",
+        ["model.num_classes=3"],
+        "model.num_classes=3 must be 2",
+    ),
+    "classes of pixels": (
+        "mask2former_semantic",
+        ["model.num_classes=2"],
+        "model.num_classes=2 must be 3",
+    ),
     "classes of a DETR": ("rt_detr", ["model.num_classes=1"], "model.num_classes=1 must be 2"),
     "classes of masks": (
         "mask_rcnn",
@@ -144,8 +154,8 @@ def test_parts_that_do_not_go_together(
 ):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     words = data_words(tiny)
-    backbone = "model.backbone" if config == "rt_detr" else "model.backbone.bottom_up"
-    if config == "semantic_fpn":
+    backbone = "model.backbone" if config == "rt_detr" or "mask2" in config else "model.backbone.bottom_up"
+    if "semantic" in config:
         words = [word.replace("json=", "labels=").replace(".json", "") for word in words]
         words = [w.replace(f"{tiny}/train", f"{tiny}/labels/train") for w in words]
         words = [w.replace(f"{tiny}/val", f"{tiny}/labels/val") for w in words]

@@ -24,7 +24,7 @@ import transformers
 from backbones import OURS, WARM_UP, setting, summarise, table
 from detbackbones import TimmBackbone, TransformersDetector
 from detbackbones.detr.architectures import ARCHITECTURES
-from detbackbones.detr.detector import images_and_mask
+from detbackbones.detr.images import images_and_mask
 from detectron2.structures import Boxes, Instances
 from torch import nn
 from tqdm import tqdm

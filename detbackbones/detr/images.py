@@ -1,0 +1,94 @@
+"""Images as transformers' models take them: normalized, padded, with a mask of what is an image."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from detectron2.modeling import Backbone
+from detectron2.structures import ImageList
+from torch import nn
+
+from ..backbones.feature_backbone import FeatureBackbone
+
+
+class OfNormalizedImages(nn.Module):
+    """A detector that normalizes and pads its images itself."""
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        pixel_mean: Sequence[float] | None,
+        pixel_std: Sequence[float] | None,
+    ):
+        """
+        Args:
+            backbone: whose sizes of images are kept to.
+            pixel_mean, pixel_std: of the images' channels, 0 to 255; None is for those that the
+                backbone's weights were trained with.
+
+        Raises:
+            ValueError: if they are None and the backbone does not say them.
+        """
+        super().__init__()
+        self.backbone = backbone
+        for key, value in (("pixel_mean", pixel_mean), ("pixel_std", pixel_std)):
+            value = _backbones_own(backbone, key) if value is None else value
+            pixels = torch.tensor(list(value), dtype=torch.float32).view(-1, 1, 1)
+            self.register_buffer(key, pixels, persistent=False)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the images go."""
+        return self.pixel_mean.device
+
+    def preprocess_image(self, batched_inputs: list[dict[str, Any]]) -> ImageList:
+        """Images on the model's device, normalized, padded to the largest of them."""
+        images = [x["image"].to(self.device) for x in batched_inputs]
+        images = [(image - self.pixel_mean) / self.pixel_std for image in images]
+        divisor, constraints = self.backbone.size_divisibility, self.backbone.padding_constraints
+        return ImageList.from_tensors(images, divisor, padding_constraints=constraints)
+
+    def groups_of_one_size(
+        self, batched_inputs: list[dict[str, Any]]
+    ) -> list[tuple[list[int], ImageList]]:
+        """The images that have one size when padded, together.
+
+        The encoders look at all of an image, its padding too, and what is found in it would depend
+        on the sizes of those beside it.
+
+        Returns:
+            for each size the numbers of the images, and the images.
+        """
+        singles = [self.preprocess_image([x]) for x in batched_inputs]
+        groups = defaultdict(list)
+        for i, image in enumerate(singles):
+            groups[image.tensor.shape].append(i)
+        return [
+            (
+                indices,
+                ImageList(
+                    torch.cat([singles[i].tensor for i in indices]),
+                    [singles[i].image_sizes[0] for i in indices],
+                ),
+            )
+            for indices in groups.values()
+        ]
+
+
+def images_and_mask(images: ImageList) -> dict[str, torch.Tensor]:
+    """Images as transformers takes them: ``pixel_values`` and ``pixel_mask``."""
+    n, _, height, width = images.tensor.shape
+    mask = torch.zeros((n, height, width), dtype=torch.long, device=images.tensor.device)
+    for i, (h, w) in enumerate(images.image_sizes):
+        mask[i, :h, :w] = 1
+    return {"pixel_values": images.tensor, "pixel_mask": mask}
+
+
+def _backbones_own(backbone: Backbone, key: str) -> Sequence[float]:
+    """The mean or deviation of the pixels that a backbone's source model was trained on."""
+    sources = [m for m in backbone.modules() if isinstance(m, FeatureBackbone)]
+    value = getattr(sources[0], key) if sources else None
+    if value is None:
+        raise ValueError(f"{key}=None, and the backbone does not say what it was trained with")
+    return value
