@@ -154,7 +154,9 @@ def test_parts_that_do_not_go_together(
 ):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     words = data_words(tiny)
-    backbone = "model.backbone" if config == "rt_detr" or "mask2" in config else "model.backbone.bottom_up"
+    backbone = (
+        "model.backbone" if config == "rt_detr" or "mask2" in config else "model.backbone.bottom_up"
+    )
     if "semantic" in config:
         words = [word.replace("json=", "labels=").replace(".json", "") for word in words]
         words = [w.replace(f"{tiny}/train", f"{tiny}/labels/train") for w in words]
