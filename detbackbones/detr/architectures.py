@@ -2,8 +2,8 @@
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from types import ModuleType
+from dataclasses import dataclass, replace
+from types import ModuleType, SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,6 +29,10 @@ class Architecture:
         pyramid: each level's stride must be twice that of the level before.
         hybrid: it has the hybrid encoder of RT-DETR, whose configuration tells of every level, and
             its queries are chosen from all positions.
+        slot: the name of the module that gives feature maps and nothing else; empty where it is the
+            convolution encoder, whose maps have masks.
+        no_object: the last logit is of no class, and scores are a softmax.
+        processor: the image processor of transformers that its detections go through.
         padded_boxes: boxes are fractions of the padded images (the model has no use for the mask
             of the pixels), else of each image's own size.
         loss_weights: prefixes of the names of losses to the attributes of the configuration with
@@ -38,24 +42,44 @@ class Architecture:
     strides: tuple[int, ...]
     pyramid: bool = False
     hybrid: bool = False
+    slot: str = ""
+    no_object: bool = False
+    processor: str = "DeformableDetrImageProcessor"
     padded_boxes: bool = False
     loss_weights: tuple[tuple[str, str | float], ...] = ()
 
 
-_HYBRID = Architecture((8, 16, 32), pyramid=True, hybrid=True, padded_boxes=True)
-_BOX_WEIGHTS = (("loss_bbox", "bbox_loss_coefficient"), ("loss_giou", "giou_loss_coefficient"))
+_HYBRID = Architecture(
+    (8, 16, 32), pyramid=True, hybrid=True, processor="RTDetrImageProcessor", padded_boxes=True
+)
+# transformers 5.23 counts the class loss once, whatever cls_loss_coefficient says
+_WEIGHTS = (
+    ("loss_ce", 1),
+    ("loss_bbox", "bbox_loss_coefficient"),
+    ("loss_giou", "giou_loss_coefficient"),
+)
 
 # by model_type, as transformers.AutoConfig knows them
 ARCHITECTURES = {
     "rt_detr": _HYBRID,
     "rt_detr_v2": _HYBRID,
     "d_fine": _HYBRID,
-    "deformable_detr": Architecture((8, 16, 32), loss_weights=(("loss_ce", 1), *_BOX_WEIGHTS)),
-    # transformers 5.23 counts the class loss once, whatever cls_loss_coefficient says
+    "deimv2": replace(_HYBRID, slot="model.conv_encoder.model"),
     "dino": Architecture((8, 16, 32)),
-    "dab-detr": Architecture((32,), loss_weights=(("loss_ce", 1), *_BOX_WEIGHTS)),
+    "deformable_detr": Architecture((8, 16, 32), loss_weights=_WEIGHTS),
+    "detr": Architecture(
+        (32,), no_object=True, processor="DetrImageProcessor", loss_weights=_WEIGHTS
+    ),
+    "conditional_detr": Architecture(
+        (32,), processor="ConditionalDetrImageProcessor", loss_weights=_WEIGHTS
+    ),
+    "dab-detr": Architecture((32,), loss_weights=_WEIGHTS),
 }
-SEGMENTERS = {"mask2former": Architecture((4, 8, 16, 32), pyramid=True)}
+SEGMENTERS = {
+    "mask2former": Architecture(
+        (4, 8, 16, 32), pyramid=True, slot="model.pixel_level_module.encoder"
+    ),
+}
 _ALL = ARCHITECTURES | SEGMENTERS
 
 
@@ -74,48 +98,59 @@ def import_transformers() -> ModuleType:
 
 
 class BackboneEncoder(nn.Module):
-    """A detectron2 backbone in the place of the convolution encoder of a transformers model.
+    """A detectron2 backbone in the place of the one of a transformers model.
 
     The backbone is no submodule of it: the detector that holds both has it under its own name.
     """
 
-    def __init__(self, backbone: Backbone, names: Sequence[str], min_positions: int = 0):
+    def __init__(
+        self,
+        backbone: Backbone,
+        names: Sequence[str],
+        *,
+        min_positions: int = 0,
+        with_masks: bool = True,
+    ):
         """
         Args:
             backbone: gives the feature maps.
             names: of the levels to take, fine to coarse.
             min_positions: that the maps must have together, where a query is chosen from each.
+            with_masks: it takes the place of a convolution encoder, which gives maps and masks;
+                else of a backbone, which gives maps alone.
         """
         super().__init__()
-        self._backbone, self.names, self.min_positions = [backbone], names, min_positions
+        self._backbone, self.names = [backbone], names
+        self.min_positions, self.with_masks = min_positions, with_masks
 
     def forward(
-        self, pixel_values: torch.Tensor, pixel_mask: torch.Tensor
-    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        self, pixel_values: torch.Tensor, pixel_mask: torch.Tensor | None = None, **_: Any
+    ) -> list[tuple[torch.Tensor, torch.Tensor]] | SimpleNamespace:
         """
         Args:
             pixel_values: normalized images (N, C, H, W).
-            pixel_mask: (N, H, W), 1 for pixels of the image, 0 for padding.
+            pixel_mask: (N, H, W), 1 for pixels of the image, 0 for padding; for masks.
 
         Returns:
-            a feature map (N, c, h, w) and its mask (N, h, w) for each level.
+            a feature map (N, c, h, w) and its mask (N, h, w) for each level; or the maps alone,
+            as ``feature_maps`` of an object.
 
         Raises:
             ValueError: if the images are so small that there are less positions than queries.
         """
         levels = self._backbone[0](pixel_values)
-        positions = sum(levels[name][0, 0].numel() for name in self.names)
+        maps = [levels[name] for name in self.names]
+        positions = sum(level[0, 0].numel() for level in maps)
         if positions < self.min_positions:
             height, width = pixel_values.shape[-2:]
             raise ValueError(
                 f"images padded to {height}x{width} are too small for num_queries="
                 f"{self.min_positions}: their feature maps have {positions} positions"
             )
+        if not self.with_masks:
+            return SimpleNamespace(feature_maps=maps)
         mask = pixel_mask[None].float()
-        return [
-            (levels[name], F.interpolate(mask, size=levels[name].shape[-2:])[0].bool())
-            for name in self.names
-        ]
+        return [(level, F.interpolate(mask, size=level.shape[-2:])[0].bool()) for level in maps]
 
 
 def choose_levels(
@@ -265,7 +300,7 @@ def build_config(
 def build_model(
     config: "PreTrainedConfig", backbone: Backbone, names: Sequence[str]
 ) -> "PreTrainedModel":
-    """A model of transformers with random weights, a backbone in the place of its encoder.
+    """A model of transformers with random weights, a backbone in the place of its own.
 
     Args:
         config: see :func:`build_config`.
@@ -273,14 +308,27 @@ def build_model(
         names: of its levels, fine to coarse.
     """
     transformers = import_transformers()
-    model = transformers.AutoModelForObjectDetection.from_config(config)
-    chosen = config.num_queries if ARCHITECTURES[config.model_type].hybrid else 0
-    model.set_submodule(encoder_name(model), BackboneEncoder(backbone, names, chosen))
+    wanted = _ALL[config.model_type]
+    segments = config.model_type in SEGMENTERS
+    kind = "UniversalSegmentation" if segments else "ObjectDetection"
+    model = getattr(transformers, f"AutoModelFor{kind}").from_config(config)
+    encoder = BackboneEncoder(
+        backbone,
+        names,
+        min_positions=config.num_queries if wanted.hybrid else 0,
+        with_masks=not wanted.slot,
+    )
+    model.set_submodule(encoder_name(model), encoder)
     return model
 
 
-def encoder_name(model: nn.Module) -> str:
-    """The name of a model's convolution encoder, the module that runs its backbone."""
+def encoder_name(model: "PreTrainedModel") -> str:
+    """The name of the module of a model that runs its backbone, and that ours takes the place of.
+
+    It is the convolution encoder, or the backbone in it.
+    """
+    if slot := _ALL[model.config.model_type].slot:
+        return slot
     kinds = {name: type(module).__name__ for name, module in model.named_modules()}
     ends = ("ConvEncoder", BackboneEncoder.__name__)
     return next(name for name, kind in kinds.items() if kind.endswith(ends))

@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 @META_ARCH_REGISTRY.register()
 class TransformersDetector(OfNormalizedImages):
-    """RT-DETR, RT-DETRv2, D-FINE, Deformable DETR or DAB-DETR of transformers, on any backbone.
+    """DINO, or a detector of transformers from DETR to DEIMv2, on any backbone.
 
     Its state dict has the backbone under ``backbone.`` and the rest of the model under ``detr.``.
     """
@@ -46,11 +46,13 @@ class TransformersDetector(OfNormalizedImages):
         Args:
             backbone: any whose ``output_shape()`` is right.
             num_classes: classes, without background.
-            architecture: "rt_detr", "rt_detr_v2", "d_fine", "deformable_detr" or "dab-detr"; None
-                is for that of ``pretrained_detector``.
-            num_queries: object queries; None is for what the architecture has, 300.
-            in_features: the levels to use, by default those of strides 8, 16 and 32 ("dab-detr":
-                of stride 32).
+            architecture: "dino", "rt_detr", "rt_detr_v2", "d_fine", "deimv2", "deformable_detr",
+                "detr", "conditional_detr" or "dab-detr"; None is for that of
+                ``pretrained_detector``.
+            num_queries: object queries; None is for what the architecture has: 300, or 100 in
+                "detr", 900 in "dino".
+            in_features: the levels to use, by default those of strides 8, 16 and 32 ("detr",
+                "conditional_detr" and "dab-detr": of stride 32).
             config_kwargs: attributes of the configuration that transformers has for the
                 architecture: ``{"decoder_layers": 3}``.
             pretrained_detector: a name on the Hugging Face hub or a folder: start from this
@@ -183,12 +185,21 @@ class TransformersDetector(OfNormalizedImages):
     def _detections(
         self, images: ImageList, logits: torch.Tensor, boxes: torch.Tensor
     ) -> list[Instances]:
-        """The best pairs of query and class; a query may be there for several classes."""
+        """The best pairs of query and class.
+
+        A query may be there for several classes, but of a softmax for its best alone.
+        """
+        count, logits = self.num_classes * logits.shape[1], logits.float()
+        if ARCHITECTURES[self.architecture].no_object:
+            probabilities, count = logits.softmax(-1)[..., :-1], logits.shape[1]
+            probabilities = probabilities * (probabilities == probabilities.amax(-1, keepdim=True))
+        else:
+            probabilities = logits.sigmoid()
         detections = []
         for frame, size, scores, cxcywh in zip(
-            self._frames(images), images.image_sizes, logits.float().sigmoid(), boxes.float()
+            self._frames(images), images.image_sizes, probabilities, boxes.float()
         ):
-            best, index = scores.flatten().topk(min(self.test_topk_per_image, scores.numel()))
+            best, index = scores.flatten().topk(min(self.test_topk_per_image, count))
             xyxy = box_convert(cxcywh[index // self.num_classes], "cxcywh", "xyxy")
             found = Instances(size)
             found.pred_boxes = Boxes(xyxy * xyxy.new_tensor([*frame[::-1], *frame[::-1]]))

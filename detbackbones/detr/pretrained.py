@@ -201,19 +201,19 @@ def save_pretrained(
     config = type(detr.config).from_dict(settings)
     model = transformers.AutoModelForObjectDetection.from_config(config)
     encoder = model.get_submodule(encoder_name(model))
-    timm_model = getattr(encoder.model, "_backbone", encoder.model)
+    timm_model = getattr(encoder, "model", encoder)  # of a convolution encoder, or it is the slot
+    timm_model = getattr(timm_model, "_backbone", timm_model)
     own = timm_model.state_dict()
     # timm's extractors write some dots of names as underscores, or model. before them
     names = {key.removeprefix("model.").replace(".", "_"): key for key in own}
     state = {key.removeprefix("model."): value for key, value in backbone.state_dict().items()}
     state = {names.get(key.replace(".", "_"), key): value for key, value in state.items()}
     timm_model.load_state_dict(fitting(state, own), strict=False)
-    _check_maps(backbone, in_features, encoder, len(pixels[0]))
+    _check_maps(backbone, in_features, encoder, detr.config.model_type, len(pixels[0]))
     model.load_state_dict(detr.state_dict(), strict=False)
     model.save_pretrained(folder)
-    padded = ARCHITECTURES[detr.config.model_type].padded_boxes
-    kind = "RTDetrImageProcessor" if padded else "DeformableDetrImageProcessor"
-    getattr(transformers, kind)(
+    processor = ARCHITECTURES[detr.config.model_type].processor
+    getattr(transformers, processor)(
         do_normalize=True,
         image_mean=(pixels[0].flatten() / 255).tolist(),
         image_std=(pixels[1].flatten() / 255).tolist(),
@@ -222,7 +222,11 @@ def save_pretrained(
 
 @torch.no_grad()
 def _check_maps(
-    backbone: FeatureBackbone, in_features: Sequence[str], encoder: nn.Module, channels: int
+    backbone: FeatureBackbone,
+    in_features: Sequence[str],
+    encoder: nn.Module,
+    architecture: str,
+    channels: int,
 ) -> None:
     """Refuse to save a detector whose feature maps transformers does not compute."""
     divisor, device = backbone.size_divisibility, next(backbone.parameters()).device
@@ -234,7 +238,11 @@ def _check_maps(
     backbone.train(training)
     own = [levels[name] for name in in_features]
     try:
-        theirs = [level for level, _ in encoder.to(device).eval()(images, mask)]
+        encoder = encoder.to(device).eval()
+        if ARCHITECTURES[architecture].slot:
+            theirs = encoder(images).feature_maps
+        else:
+            theirs = [level for level, _ in encoder(images, mask)]
     except Exception as error:  # a model may fail in any way
         reason = f"transformers cannot run it: {error}"
     else:

@@ -1,7 +1,6 @@
 """TransformersSegmenter: Mask2Former of transformers as a detectron2 meta-architecture."""
 
 from collections.abc import Mapping, Sequence
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -9,10 +8,9 @@ import torch.nn.functional as F
 from detectron2.modeling import META_ARCH_REGISTRY, Backbone
 from detectron2.modeling.postprocessing import sem_seg_postprocess
 from detectron2.structures import BitMasks, Instances, PolygonMasks
-from torch import nn
 
 from ..messages import one_of, whole_number
-from .architectures import build_config, choose_levels
+from .architectures import SEGMENTERS, build_config, build_model, choose_levels, import_transformers
 from .images import OfNormalizedImages
 
 TASKS = ("instance", "semantic", "panoptic")
@@ -65,7 +63,7 @@ class TransformersSegmenter(OfNormalizedImages):
             ValueError: if an argument is out of range, or the backbone's levels do not fit.
         """
         super().__init__(backbone, pixel_mean, pixel_std)
-        one_of("architecture", architecture, ("mask2former",))
+        one_of("architecture", architecture, SEGMENTERS)
         one_of("task", task, TASKS)
         whole_number("num_classes", num_classes)
         whole_number("test_topk_per_image", test_topk_per_image)
@@ -75,6 +73,9 @@ class TransformersSegmenter(OfNormalizedImages):
             raise ValueError(f"num_things={num_things} must be given for task='panoptic' alone")
         if num_things is not None and not 0 <= num_things <= num_classes:
             raise ValueError(f"num_things={num_things} must be from 0 to num_classes={num_classes}")
+        import_transformers()
+        from .point_loss import PointLoss  # which needs transformers
+
         names = choose_levels(architecture, backbone, in_features)
         shapes = [backbone.output_shape()[name] for name in names]
         config = build_config(architecture, shapes, num_classes, num_queries, config_kwargs)
@@ -84,6 +85,7 @@ class TransformersSegmenter(OfNormalizedImages):
         self.test_topk_per_image = test_topk_per_image
         self.object_score_thresh, self.overlap_thresh = object_score_thresh, overlap_thresh
         self.model = build_model(config, backbone, names)
+        self.model.criterion = PointLoss(config, self.model.weight_dict)
 
     def forward(self, batched_inputs: list[dict[str, Any]]) -> Any:
         """
@@ -214,36 +216,6 @@ class TransformersSegmenter(OfNormalizedImages):
                     stuff_ids[category] = number
             segments[segment] = number
         return result
-
-
-class _FeatureMaps(nn.Module):
-    """A detectron2 backbone as transformers' segmenters take one; not its owner."""
-
-    def __init__(self, backbone: Backbone, names: Sequence[str]):
-        super().__init__()
-        self._backbone, self.names = [backbone], names
-
-    def forward(self, pixel_values: torch.Tensor) -> SimpleNamespace:
-        levels = self._backbone[0](pixel_values)
-        return SimpleNamespace(feature_maps=[levels[name] for name in self.names])
-
-
-def build_model(config: Any, backbone: Backbone, names: Sequence[str]) -> nn.Module:
-    """Transformers' model with random weights, a backbone in the place of its encoder.
-
-    Args:
-        config: see :func:`detbackbones.detr.architectures.build_config`.
-        backbone: gives the feature maps; it does not become a submodule.
-        names: of its levels, fine to coarse.
-    """
-    from transformers import AutoModelForUniversalSegmentation
-
-    from .point_loss import PointLoss
-
-    model = AutoModelForUniversalSegmentation.from_config(config)
-    model.model.pixel_level_module.encoder = _FeatureMaps(backbone, names)
-    model.criterion = PointLoss(config, model.weight_dict)
-    return model
 
 
 def _bits(instances: Instances) -> torch.Tensor:
