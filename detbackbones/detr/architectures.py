@@ -1,6 +1,7 @@
 """The DETR-family models of transformers: what each asks of a backbone, and building one on it."""
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import ModuleType, SimpleNamespace
@@ -12,6 +13,7 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling import Backbone
 from torch import nn
 
+from ..backbones.feature_backbone import FeatureBackbone
 from ..config import plain_dict
 from ..measure.levels import select_levels
 from ..messages import nearest
@@ -29,6 +31,8 @@ class Architecture:
         pyramid: each level's stride must be twice that of the level before.
         hybrid: it has the hybrid encoder of RT-DETR, whose configuration tells of every level, and
             its queries are chosen from all positions.
+        vit: transformers' kind of ViT that it stands on, which has several maps of one stride. It
+            takes one level, or several of the same stride and as many channels. Empty for others.
         slot: the name of the module that gives feature maps and nothing else; empty where it is the
             convolution encoder, whose maps have masks.
         no_object: the last logit is of no class, and scores are a softmax.
@@ -42,6 +46,7 @@ class Architecture:
     strides: tuple[int, ...]
     pyramid: bool = False
     hybrid: bool = False
+    vit: str = ""
     slot: str = ""
     no_object: bool = False
     processor: str = "DeformableDetrImageProcessor"
@@ -59,6 +64,8 @@ _WEIGHTS = (
     ("loss_giou", "giou_loss_coefficient"),
 )
 
+_CLASS_WEIGHTS = (("loss_ce", "class_loss_coefficient"), *_WEIGHTS[1:])
+
 # by model_type, as transformers.AutoConfig knows them
 ARCHITECTURES = {
     "rt_detr": _HYBRID,
@@ -66,6 +73,12 @@ ARCHITECTURES = {
     "d_fine": _HYBRID,
     "deimv2": replace(_HYBRID, slot="model.conv_encoder.model"),
     "dino": Architecture((8, 16, 32)),
+    "lw_detr": Architecture(
+        (16,), vit="lw_detr_vit", slot="model.backbone.backbone", loss_weights=_CLASS_WEIGHTS
+    ),
+    "rf_detr": Architecture(
+        (16,), vit="rf_detr_dinov2", slot="model.backbone.backbone", loss_weights=_CLASS_WEIGHTS
+    ),
     "deformable_detr": Architecture((8, 16, 32), loss_weights=_WEIGHTS),
     "detr": Architecture(
         (32,), no_object=True, processor="DetrImageProcessor", loss_weights=_WEIGHTS
@@ -162,11 +175,11 @@ def choose_levels(
         ValueError: if a level is unknown, or the strides are not what the model needs.
     """
     wanted, shapes = _ALL[architecture], backbone.output_shape()
+    by_stride = {shape.stride: name for name, shape in shapes.items()}
     has = ", ".join(f"{name} ({shape.stride})" for name, shape in shapes.items())
     if in_features is not None:
         names = select_levels(in_features, list(shapes), "in_features")
     else:
-        by_stride = {shape.stride: name for name, shape in shapes.items()}
         missing = [stride for stride in wanted.strides if stride not in by_stride]
         if missing:
             raise ValueError(
@@ -185,7 +198,18 @@ def choose_levels(
             f"the backbone takes images of {backbone.size_divisibility} pixels, and architecture="
             f"{architecture!r} multiples of {strides[-1]}, the stride of {names[-1]}: give img_size"
         )
-    if len(wanted.strides) == 1 < len(names):
+    if wanted.vit:
+        if isinstance(backbone, FeatureBackbone) and max(by_stride) > max(strides):
+            raise ValueError(
+                f"the backbone has levels that architecture={architecture!r} does not take "
+                f"({has}): build it with out_features={names}"
+            )
+        if len({(shapes[name].stride, shapes[name].channels) for name in names}) > 1:
+            raise ValueError(
+                f"in_features={names}: architecture={architecture!r} takes levels of one stride "
+                f"and as many channels, such as several depths of a ViT; the backbone has {has}"
+            )
+    elif len(wanted.strides) == 1 < len(names):
         raise ValueError(f"in_features={names}: architecture={architecture!r} takes one level")
     return names
 
@@ -238,15 +262,14 @@ def build_config(
     """
     transformers = import_transformers()
     kwargs, n = plain_dict(config_kwargs), len(shapes)
-    # A net of the same channels, in the place of which the backbone comes.
-    stand_in = transformers.ResNetConfig(
-        embedding_size=1,
-        hidden_sizes=[shape.channels for shape in shapes],
-        depths=[1] * n,
-        out_indices=list(range(1, n + 1)),
-    )
     default = transformers.AutoConfig.for_model(architecture).to_dict()
-    computed = {"backbone_config": stand_in, "num_labels": num_classes, "num_queries": num_queries}
+    computed = {
+        "backbone_config": _stand_in(architecture, shapes),
+        "num_labels": num_classes,
+        "num_queries": num_queries,
+    }
+    if "projector_scale_factors" in default and not base:
+        kwargs.setdefault("projector_scale_factors", [1.0])
     if architecture in SEGMENTERS:
         strides = [shape.stride for shape in shapes]
         computed |= {"feature_strides": strides, "common_stride": strides[0]}
@@ -261,7 +284,8 @@ def build_config(
             "anchor_image_size": None,
             "freeze_backbone_batch_norms": False,
         }
-    elif "num_feature_levels" in default:  # coarser maps follow those of the backbone
+    elif "num_feature_levels" in default and not (base or _ALL[architecture].vit):
+        # coarser maps follow those of the backbone
         maps = kwargs.setdefault("num_feature_levels", max(default["num_feature_levels"], n + 1))
         if maps < n:
             raise ValueError(
@@ -297,6 +321,35 @@ def build_config(
     return config
 
 
+def _stand_in(architecture: str, shapes: Sequence[ShapeSpec]) -> "PreTrainedConfig":
+    """A small net of the same channels, in the place of which the backbone comes."""
+    transformers, n = import_transformers(), len(shapes)
+    if vit := _ALL[architecture].vit:
+        return transformers.AutoConfig.for_model(
+            vit,
+            hidden_size=shapes[0].channels,
+            num_hidden_layers=n,
+            num_attention_heads=1,
+            mlp_ratio=1,
+            out_indices=list(range(1, n + 1)),
+        )
+    return transformers.ResNetConfig(
+        embedding_size=1,
+        hidden_sizes=[shape.channels for shape in shapes],
+        depths=[1] * n,
+        out_indices=list(range(1, n + 1)),
+    )
+
+
+def _fewest_positions(config: "PreTrainedConfig") -> int:
+    """How many positions the maps must have, where a query is chosen from each."""
+    wanted = _ALL[config.model_type]
+    if wanted.vit:  # whose maps are scaled first
+        scales = getattr(config, "projector_scale_factors", [1.0])
+        return math.ceil(config.num_queries / sum(scale**2 for scale in scales))
+    return config.num_queries if wanted.hybrid else 0
+
+
 def build_model(
     config: "PreTrainedConfig", backbone: Backbone, names: Sequence[str]
 ) -> "PreTrainedModel":
@@ -315,7 +368,7 @@ def build_model(
     encoder = BackboneEncoder(
         backbone,
         names,
-        min_positions=config.num_queries if wanted.hybrid else 0,
+        min_positions=_fewest_positions(config),
         with_masks=not wanted.slot,
     )
     model.set_submodule(encoder_name(model), encoder)

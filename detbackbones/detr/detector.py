@@ -46,13 +46,14 @@ class TransformersDetector(OfNormalizedImages):
         Args:
             backbone: any whose ``output_shape()`` is right.
             num_classes: classes, without background.
-            architecture: "dino", "rt_detr", "rt_detr_v2", "d_fine", "deimv2", "deformable_detr",
-                "detr", "conditional_detr" or "dab-detr"; None is for that of
+            architecture: "dino", "rt_detr", "rt_detr_v2", "d_fine", "deimv2", "lw_detr", "rf_detr",
+                "deformable_detr", "detr", "conditional_detr" or "dab-detr"; None is for that of
                 ``pretrained_detector``.
             num_queries: object queries; None is for what the architecture has: 300, or 100 in
                 "detr", 900 in "dino".
             in_features: the levels to use, by default those of strides 8, 16 and 32 ("detr",
-                "conditional_detr" and "dab-detr": of stride 32).
+                "conditional_detr" and "dab-detr": of stride 32; "lw_detr" and "rf_detr": of 16,
+                or several of one stride).
             config_kwargs: attributes of the configuration that transformers has for the
                 architecture: ``{"decoder_layers": 3}``.
             pretrained_detector: a name on the Hugging Face hub or a folder: start from this

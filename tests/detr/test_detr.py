@@ -18,7 +18,8 @@ from detbackbones.detr.architectures import ARCHITECTURES, encoder_name, import_
 from detbackbones.detr.images import images_and_mask
 from detbackbones.detr.pretrained import timm_backbone_name, timm_keys
 from detectron2.config import get_cfg
-from detectron2.modeling import build_model
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import Backbone, build_model
 from detectron2.structures import Boxes, Instances
 from support import TOOLS, assert_close, images, randomise
 from transformers import (
@@ -31,14 +32,17 @@ from transformers import (
 
 import_transformers()  # which knows DINO from then on
 SMALL = {"decoder_layers": 2, "encoder_layers": 1}
+VITS = ["lw_detr", "rf_detr"]  # they take levels of one stride
 NOWHERE = "detbackbones/there-is-no-such-detector"
 
 
 def detector(architecture="rt_detr_v2", backbone="resnet18", seed=0, **kwargs):
     torch.manual_seed(seed)
+    vit = architecture in VITS
     if isinstance(backbone, str):
-        backbone = TimmBackbone(backbone)
-    kwargs = {"num_classes": 3, "num_queries": 20, "config_kwargs": SMALL} | kwargs
+        backbone = TimmBackbone(backbone, out_features=["res4"] if vit else None)
+    small = {"decoder_layers": 2, "group_detr": 3} if vit else SMALL
+    kwargs = {"num_classes": 3, "num_queries": 20, "config_kwargs": small} | kwargs
     return TransformersDetector(architecture=architecture, backbone=backbone, **kwargs)
 
 
@@ -76,7 +80,7 @@ def channels(model_name):
     return {"encoder_in_channels": [shape.channels for shape in shapes.values()]}
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", [name for name in ARCHITECTURES if name not in VITS])
 def test_it_equals_the_model_of_transformers(tmp_path, architecture):
     """The same weights, frozen batch norm, the same padded batch: resnet50 where it counts."""
     name = "resnet50" if architecture == "rt_detr_v2" else "resnet18"
@@ -111,6 +115,76 @@ def test_it_equals_the_model_of_transformers(tmp_path, architecture):
     count = len(expected["scores"])  # transformers keeps as many as there are queries
     assert_close(found.scores[:count].sort().values, expected["scores"].sort().values)
     assert image["height"], image["width"] == found.image_size
+
+
+class Wrapped(Backbone):
+    """The ViT of a transformers model as a detectron2 backbone of several levels of one stride."""
+
+    def __init__(self, vit, channels, stride, count):
+        super().__init__()
+        self.vit, self.channels, self.stride, self.count = vit, channels, stride, count
+
+    def forward(self, x):
+        return {f"p{i}": level for i, level in enumerate(self.vit(x).feature_maps)}
+
+    def output_shape(self):
+        shape = ShapeSpec(channels=self.channels, stride=self.stride)
+        return {f"p{i}": shape for i in range(self.count)}
+
+    size_divisibility = 64
+
+
+@pytest.mark.parametrize("architecture", VITS)
+def test_on_its_own_vit_it_equals_the_model_of_transformers(architecture):
+    """Losses and outputs, with the same weights, and several maps of the ViT."""
+    torch.manual_seed(0)
+    vit = AutoConfig.for_model(
+        ARCHITECTURES[architecture].vit,
+        hidden_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        patch_size=16,
+        image_size=128,
+        out_indices=[1, 3],
+        num_windows=4,
+    )
+    scales = {"projector_scale_factors": [2.0, 0.5]} if architecture == "lw_detr" else {}
+    small = {"decoder_layers": 2, "group_detr": 3, "dropout": 0.0, **scales}
+    config = AutoConfig.for_model(
+        architecture, backbone_config=vit, num_labels=3, num_queries=20, **small
+    )
+    theirs = AutoModelForObjectDetection.from_config(config).train()
+    for parameter in theirs.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    pixels = {"pixel_mean": [120.0] * 3, "pixel_std": [60.0] * 3}
+    ours = detector(
+        architecture,
+        Wrapped(theirs.model.backbone.backbone, 32, 16, 2),
+        config_kwargs=small,
+        in_features=["p0", "p1"],
+        **pixels,
+    )
+    state = {k: v for k, v in theirs.state_dict().items() if "backbone.backbone" not in k}
+    assert ours.detr.load_state_dict(state, strict=True)
+    inputs = batch((128, 128), (128, 128))
+    prepared = ours.preprocess_image(inputs)
+    labels = ours.prepare_targets(prepared, [x["instances"] for x in inputs])
+    losses = ours(inputs)
+    expected = theirs(**images_and_mask(prepared), labels=labels)
+    torch.testing.assert_close(sum(losses.values()), expected.loss, rtol=1e-5, atol=0)
+    with torch.no_grad():
+        expected, got = (model.eval()(**images_and_mask(prepared)) for model in (theirs, ours.detr))
+    assert_close(got.logits, expected.logits)
+    assert_close(got.pred_boxes, expected.pred_boxes)
+    assert got.logits.std() > 1e-3
+
+
+@pytest.mark.parametrize("architecture", VITS)
+def test_levels_that_are_not_taken_are_refused(architecture):
+    with pytest.raises(ValueError, match=r"build it with out_features=\['res4'\]"):
+        detector(architecture, TimmBackbone("test_resnet"))
+    with pytest.raises(ValueError, match="takes levels of one stride and as many channels"):
+        detector(architecture, TimmBackbone("test_resnet"), in_features=["res4", "res5"])
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
