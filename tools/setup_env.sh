@@ -5,8 +5,8 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 stamp=.venv/setup_env.stamp
-install=detbackbones/cli/install_detectron2.py
-wanted=$({ pwd; cat setup.py tools/constraints.txt "$install"; } | cksum)
+install=(detbackbones/cli/install_detectron2.py detbackbones/package_index.py)
+wanted=$({ pwd; cat setup.py tools/constraints.txt "${install[@]}"; } | cksum)
 if [[ -x .venv/bin/python && -f $stamp && $(<"$stamp") == "$wanted" ]]; then
     exit 0
 fi
@@ -30,3 +30,4 @@ export PIP_CONSTRAINT=tools/constraints.txt
 .venv/bin/python -m pip install --disable-pip-version-check -e '.[detr,docs,test]' >&2
 .venv/bin/detbackbones install-detectron2
 echo "$wanted" >"$stamp"
+echo "setup_env: .venv is ready; activate it with . .venv/bin/activate" >&2

@@ -12,20 +12,12 @@ tf_efficientnet_lite0 with ImageNet weights of the package index.
 """
 
 import argparse
-import json
-import os
-import shlex
 import statistics
-import subprocess
-import sys
-import time
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from matplotlib.figure import Figure
+from runs import train_all
 from tabulate import tabulate
-from tqdm import tqdm
 
 BACKBONE = "model.backbone.bottom_up"
 RANDOM = [f"{BACKBONE}.pretrained=False", f"{BACKBONE}.norm=BN", f"{BACKBONE}.freeze_at=0"]
@@ -87,27 +79,6 @@ def data(task: str, folder: Path) -> list[str]:
     return jsons + [f"dataset.{split}_images={folder}/images" for split in ("train", "val")]
 
 
-def train(words: Sequence[str], output: Path, metric: str) -> dict:
-    """One run: its command, its seconds, and the metric by iterations; ends all if it fails."""
-    command = ["train", *words, f"train.output_dir={output}", "--overwrite"]
-    start = time.perf_counter()
-    done = subprocess.run(
-        [sys.executable, "-m", "detbackbones", *command],
-        capture_output=True,
-        text=True,
-        env={"OMP_NUM_THREADS": "1", **os.environ},
-    )
-    result = {"command": shlex.join(["detbackbones", *command])}
-    result["seconds"] = time.perf_counter() - start
-    if done.returncode:
-        sys.exit(f"finetuning: {result['command']} failed: {done.stderr.strip().splitlines()[-1]}")
-    lines = map(json.loads, (output / "metrics.json").read_text().splitlines())
-    return {
-        **result,
-        "curve": [(line["iteration"], line[metric]) for line in lines if metric in line],
-    }
-
-
 def draw(rows: dict[str, list[dict]], metric: str, path: Path) -> None:
     """The metric over the share of the training, a line for each setting."""
     figure = Figure((9, 5), dpi=100, layout="constrained")
@@ -147,33 +118,21 @@ def main() -> None:
         parser.error(f"--only {unknown.pop()!r} must be one of {', '.join(every)}")
     config, needs, metric = TASKS[args.task]
     output = args.output / args.task
-    output.mkdir(parents=True, exist_ok=True)
-    kept = output / "runs.jsonl"
-    lines = map(json.loads, kept.read_text().splitlines() if kept.exists() else ())
-    lines = [line for line in lines if line["iterations"] == args.iterations]
-    found = {(line["name"], line["seed"]): line for line in lines}
-
-    def run(case: tuple[str, int]) -> None:
-        name, seed = case
-        words = ["--config-file", f"finetune/{config}.py", *data(args.task, args.folder), *needs]
-        words += [f"{BACKBONE}.model_name=tf_efficientnet_lite0", f"train.seed={seed}"]
-        words += [f"train.max_iter={args.iterations}", "train.pictures=0", *every[name]]
-        steps = 4 * args.iterations if "batches of 1" in name else args.iterations
-        words += [f"train.eval_period={steps // 4}", f"train.checkpointer.period={steps}"]
-        words += ["dataloader.train.num_workers=1", "dataloader.test.num_workers=1"]
-        folder = output / f"run{[*every].index(name)}_{seed}"
-        kind = {"name": name, "seed": seed, "iterations": args.iterations}
-        found[case] = {**kind, **train(words, folder, metric)}
-        with open(kept, "a") as file:
-            file.write(json.dumps(found[case]) + "\n")
-
+    cases = {}
     names = args.only or [*every]
-    cases = [(name, seed) for seed in range(args.seeds) for name in names]
-    left = [case for case in cases if case not in found]
-    with ThreadPoolExecutor(args.jobs) as pool:
-        for _ in tqdm(pool.map(run, left), total=len(left), unit="run"):
-            pass
-    rows = {name: [found[name, seed] for seed in range(args.seeds)] for name in names}
+    for seed in range(args.seeds):
+        for name in names:
+            steps = 4 * args.iterations if "batches of 1" in name else args.iterations
+            words = [f"--config-file=finetune/{config}.py", *data(args.task, args.folder), *needs]
+            words += [f"{BACKBONE}.model_name=tf_efficientnet_lite0", f"train.seed={seed}"]
+            words += [f"train.max_iter={args.iterations}", "train.pictures=0", *every[name]]
+            words += [f"train.eval_period={steps // 4}", f"train.checkpointer.period={steps}"]
+            words += ["dataloader.train.num_workers=1", "dataloader.test.num_workers=1"]
+            cases[name, seed, args.iterations] = (words, metric)
+    found = train_all(cases, output, args.jobs)
+    rows = {
+        name: [found[name, seed, args.iterations] for seed in range(args.seeds)] for name in names
+    }
     table = []
     for name, runs in rows.items():
         ends = [run["curve"][-1][1] for run in runs]
@@ -182,7 +141,7 @@ def main() -> None:
     headers = ("setting", f"{metric} at half", "at the end", "lowest", "highest")
     print(tabulate(table, headers, "github", floatfmt=".1f"))
     draw(rows, metric, output / "curves.png")
-    print(f"wrote {kept} and {output / 'curves.png'}")
+    print(f"wrote {output / 'runs.jsonl'} and {output / 'curves.png'}")
 
 
 if __name__ == "__main__":
