@@ -11,10 +11,10 @@ from detectron2.utils.events import EventWriter, get_event_storage
 
 
 def main_losses(names: Iterable[str]) -> list[str]:
-    """The losses among some metrics, without those of a decoder's inner layers and of denoising.
+    """The losses among some metrics, without those of inner layers, encoders and denoising.
 
-    A DETR has ``loss_bbox``, and beside it ``loss_bbox_0`` or ``loss_bbox_aux_0`` and
-    ``loss_bbox_dn_0`` for each layer.
+    A DETR has ``loss_bbox``, and beside it ``loss_bbox_enc``, ``loss_bbox_0`` or
+    ``loss_bbox_aux_0``, and ``loss_bbox_dn_0``.
 
     Args:
         names: of the metrics.
@@ -23,7 +23,8 @@ def main_losses(names: Iterable[str]) -> list[str]:
         those of the losses, in the order given.
     """
     losses = [name for name in names if name == "total_loss" or name.startswith("loss")]
-    return [n for n in losses if re.sub(r"_(aux_|dn_)?\d+$", "", n) not in set(losses) - {n}]
+    main = {name: re.sub(r"(_aux|_dn|_enc)?(_\d+)?$", "", name) for name in losses}
+    return [name for name in losses if main[name] == name or main[name] not in main]
 
 
 class ProgressPrinter(EventWriter):
