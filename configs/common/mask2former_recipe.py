@@ -1,6 +1,6 @@
 """The recipe of Mask2Former: 50 epochs of COCO with a batch of 16 and large-scale jitter.
 
-It is that of https://arxiv.org/abs/2112.01527, section 4.1.
+See https://arxiv.org/abs/2112.01527, section 4.1.
 """
 
 from detectron2.config import LazyCall as L
@@ -14,7 +14,7 @@ from .train import train
 augmentations = [
     L(T.RandomFlip)(horizontal=True),
     L(T.ResizeScale)(min_scale=0.1, max_scale=2.0, target_height=1024, target_width=1024),
-    L(T.FixedSizeCrop)(crop_size=(1024, 1024), pad=False),
+    L(T.FixedSizeCrop)(crop_size=(1024, 1024)),
 ]
 optimizer.update(lr=1e-4, weight_decay=0.05)
 optimizer.params.backbone_lr_factor = 0.1

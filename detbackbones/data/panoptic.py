@@ -18,8 +18,9 @@ VOID = 0  # the number of pixels that are of no segment
 class PanopticEvaluator(DatasetEvaluator):
     """Evaluates ``panoptic_seg`` of a model on a dataset that detectron2 has registered.
 
-    It gives what detectron2's ``COCOPanopticEvaluator`` does, and needs no package besides: PQ, SQ
-    and RQ of all classes, of things (``PQ_th``) and of stuff (``PQ_st``), in percent.
+    It gives what detectron2's ``COCOPanopticEvaluator`` does for models that tell of their
+    segments, and needs no package besides: PQ, SQ and RQ of all classes, of things (``PQ_th``) and
+    of stuff (``PQ_st``), in percent.
     """
 
     def __init__(self, dataset_name: str):
@@ -28,9 +29,12 @@ class PanopticEvaluator(DatasetEvaluator):
             dataset_name: of a dataset with ``panoptic_json`` and ``panoptic_root`` in its metadata.
 
         Raises:
+            ValueError: if the dataset has no panoptic maps.
             FileNotFoundError: if the JSON file does not exist.
         """
         metadata = MetadataCatalog.get(dataset_name)
+        if not metadata.get("panoptic_json"):
+            raise ValueError(f"dataset_name={dataset_name!r} must be a dataset with panoptic maps")
         self._root = Path(metadata.panoptic_root)
         self._classes = {
             True: {v: k for k, v in metadata.thing_dataset_id_to_contiguous_id.items()},
@@ -57,6 +61,10 @@ class PanopticEvaluator(DatasetEvaluator):
                 number ``id`` its ``category_id`` and ``isthing``.
         """
         for image, output in zip(inputs, outputs):
+            if image["image_id"] not in self._truth:
+                raise ValueError(
+                    f"image_id={image['image_id']!r} must be in the panoptic JSON file"
+                )
             truth = self._truth[image["image_id"]]
             colours = np.asarray(Image.open(self._root / truth["file_name"]).convert("RGB"))
             ids = colours.astype(np.int64) @ (1, 256, 256**2)
@@ -107,10 +115,9 @@ def count_segments(
     classes = {x["id"]: x["category_id"] for x in truth_infos if not x.get("iscrowd")}
     crowds = {x["category_id"]: x["id"] for x in truth_infos if x.get("iscrowd")}
     found_classes = {x["id"]: x["category_id"] for x in found_infos}
-    pairs, counts = np.unique(
-        np.stack([truth.ravel(), found.ravel().astype(np.int64)]), axis=1, return_counts=True
-    )
-    shared = dict(zip(map(tuple, pairs.T.tolist()), counts.tolist()))
+    both = truth.astype(np.int64) << 32 | found.astype(np.int64)
+    pairs = (x.tolist() for x in np.unique(both, return_counts=True))
+    shared = {(pair >> 32, pair & (1 << 32) - 1): count for pair, count in zip(*pairs)}
     area = dict(zip(*(x.tolist() for x in np.unique(truth, return_counts=True))))
     found_area = dict(zip(*(x.tolist() for x in np.unique(found, return_counts=True))))
     found_classes = {i: c for i, c in found_classes.items() if i in found_area}

@@ -15,6 +15,7 @@ from torch import nn
 
 from ..backbones.feature_backbone import FeatureBackbone
 from ..config import plain_dict
+from ..data.images import ImageError
 from ..measure.levels import select_levels
 from ..messages import nearest
 
@@ -29,8 +30,8 @@ class Architecture:
     Attributes:
         strides: of the levels that it takes by default.
         pyramid: each level's stride must be twice that of the level before.
-        hybrid: it has the hybrid encoder of RT-DETR, whose configuration tells of every level, and
-            its queries are chosen from all positions.
+        hybrid: it has the hybrid encoder of RT-DETR, whose configuration tells of every level.
+        two_stage: the queries are chosen from all positions of the maps.
         vit: transformers' kind of ViT that it stands on, which has several maps of one stride. It
             takes one level, or several of the same stride and as many channels. Empty for others.
         slot: the name of the module that gives feature maps and nothing else; empty where it is the
@@ -46,6 +47,7 @@ class Architecture:
     strides: tuple[int, ...]
     pyramid: bool = False
     hybrid: bool = False
+    two_stage: bool = False
     vit: str = ""
     slot: str = ""
     no_object: bool = False
@@ -55,7 +57,12 @@ class Architecture:
 
 
 _HYBRID = Architecture(
-    (8, 16, 32), pyramid=True, hybrid=True, processor="RTDetrImageProcessor", padded_boxes=True
+    (8, 16, 32),
+    pyramid=True,
+    hybrid=True,
+    two_stage=True,
+    processor="RTDetrImageProcessor",
+    padded_boxes=True,
 )
 # transformers 5.23 counts the class loss once, whatever cls_loss_coefficient says
 _WEIGHTS = (
@@ -72,7 +79,7 @@ ARCHITECTURES = {
     "rt_detr_v2": _HYBRID,
     "d_fine": _HYBRID,
     "deimv2": replace(_HYBRID, slot="model.conv_encoder.model"),
-    "dino": Architecture((8, 16, 32)),
+    "dino": Architecture((8, 16, 32), two_stage=True),
     "lw_detr": Architecture(
         (16,), vit="lw_detr_vit", slot="model.backbone.backbone", loss_weights=_CLASS_WEIGHTS
     ),
@@ -103,10 +110,8 @@ def import_transformers() -> ModuleType:
         import transformers
     except ImportError as error:
         raise ImportError(
-            f"TransformersDetector needs the package {error.name}: pip install detbackbones[detr]"
+            f"this detector needs the package {error.name}: pip install detbackbones[detr]"
         ) from error
-    from . import dino  # noqa: F401  which transformers knows from then on
-
     return transformers
 
 
@@ -149,14 +154,14 @@ class BackboneEncoder(nn.Module):
             as ``feature_maps`` of an object.
 
         Raises:
-            ValueError: if the images are so small that there are less positions than queries.
+            ImageError: if the images are so small that there are less positions than queries.
         """
         levels = self._backbone[0](pixel_values)
         maps = [levels[name] for name in self.names]
         positions = sum(level[0, 0].numel() for level in maps)
         if positions < self.min_positions:
             height, width = pixel_values.shape[-2:]
-            raise ValueError(
+            raise ImageError(
                 f"images padded to {height}x{width} are too small for num_queries="
                 f"{self.min_positions}: their feature maps have {positions} positions"
             )
@@ -231,11 +236,32 @@ def _check_trainable(architecture: Architecture, settings: Mapping[str, Any]) ->
             "config_kwargs: learn_initial_query=True must be left out: transformers' model fails "
             "with it"
         )
+    if "train_num_points" in settings:
+        _check_mask2former(settings)
     if settings.get("decoder_layers", 2) < 2:
         raise ValueError(
             f"config_kwargs: decoder_layers={settings['decoder_layers']} must be at least 2: with "
             "one, transformers ties no weights or leaves some without a gradient"
         )
+
+
+def _check_mask2former(settings: Mapping[str, Any]) -> None:
+    """Refuse settings that transformers takes and its Mask2Former cannot be trained with.
+
+    Raises:
+        ValueError: as of :func:`_check_trainable`.
+    """
+    needs = (
+        ("use_auxiliary_loss", settings["use_auxiliary_loss"], "True"),
+        ("dropout", settings["dropout"] == 0, "0, for layers are dropped by it"),
+        ("train_num_points", settings["train_num_points"] >= 1, "at least 1"),
+        ("oversample_ratio", settings["oversample_ratio"] >= 1, "at least 1"),
+        ("hidden_dim", settings["hidden_dim"] == settings["feature_size"], "feature_size"),
+        ("enforce_input_projection", not settings["enforce_input_projection"], "False"),
+    )
+    for key, is_right, wanted in needs:
+        if not is_right:
+            raise ValueError(f"config_kwargs: {key}={settings[key]} must be {wanted}")
 
 
 def build_config(
@@ -261,6 +287,9 @@ def build_config(
             that is refused.
     """
     transformers = import_transformers()
+    if architecture == "dino":
+        from . import dino  # noqa: F401  which transformers knows from then on
+
     kwargs, n = plain_dict(config_kwargs), len(shapes)
     default = transformers.AutoConfig.for_model(architecture).to_dict()
     computed = {
@@ -272,6 +301,8 @@ def build_config(
         kwargs.setdefault("projector_scale_factors", [1.0])
     if architecture in SEGMENTERS:
         strides = [shape.stride for shape in shapes]
+        if n < 3:
+            raise ValueError(f"in_features must be at least 3 for {architecture!r}, not {n}")
         computed |= {"feature_strides": strides, "common_stride": strides[0]}
     elif ARCHITECTURES[architecture].hybrid:
         computed |= {
@@ -347,7 +378,7 @@ def _fewest_positions(config: "PreTrainedConfig") -> int:
     if wanted.vit:  # whose maps are scaled first
         scales = getattr(config, "projector_scale_factors", [1.0])
         return math.ceil(config.num_queries / sum(scale**2 for scale in scales))
-    return config.num_queries if wanted.hybrid else 0
+    return config.num_queries if wanted.two_stage else 0
 
 
 def build_model(

@@ -14,14 +14,14 @@ from torchvision.ops import box_convert
 from ..messages import one_of, whole_number
 from .architectures import ARCHITECTURES, build_config, build_model, choose_levels
 from .dino_names import from_other_programs
-from .images import OfNormalizedImages, images_and_mask
+from .images import NormalizesImages, images_and_mask
 from .pretrained import load_pretrained, read_config, save_pretrained
 
 logger = logging.getLogger(__name__)
 
 
 @META_ARCH_REGISTRY.register()
-class TransformersDetector(OfNormalizedImages):
+class TransformersDetector(NormalizesImages):
     """DINO, or a detector of transformers from DETR to DEIMv2, on any backbone.
 
     Its state dict has the backbone under ``backbone.`` and the rest of the model under ``detr.``.

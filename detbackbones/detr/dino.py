@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from detectron2.utils import comm
 from huggingface_hub.dataclasses import strict
 from torch import nn
 from torchvision.ops import box_convert, generalized_box_iou_loss, sigmoid_focal_loss
@@ -26,6 +25,8 @@ from transformers.models.grounding_dino.modeling_grounding_dino import (
     encode_sinusoidal_position_embedding,
 )
 from transformers.models.rt_detr.modeling_rt_detr import get_contrastive_denoising_training_group
+
+from .processes import mean_per_process
 
 Predictions = dict[str, torch.Tensor]  # logits (N, queries, classes), pred_boxes (N, queries, 4)
 Labels = list[dict[str, torch.Tensor]]
@@ -71,6 +72,13 @@ class DinoConfig(DeformableDetrConfig):
         for key in ("two_stage", "with_box_refine", "auxiliary_loss"):
             if not getattr(self, key):
                 raise ValueError(f"{key}=False must be True in DINO")
+        if self.position_embedding_type != "sine":
+            raise ValueError(
+                f"position_embedding_type={self.position_embedding_type!r} must be 'sine' in DINO"
+            )
+        for key in ("encoder_layers", "position_temperature"):
+            if getattr(self, key) <= 0:
+                raise ValueError(f"{key}={getattr(self, key)} must be more than 0")
         if self.num_denoising < 0:
             raise ValueError(f"num_denoising={self.num_denoising} must be at least 0")
         if not 0 <= self.label_noise_ratio <= 2:
@@ -106,20 +114,27 @@ class Dino(DeformableDetrModel):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw the weights as the authors' program does."""
+        """Draw the weights as the authors' program and detrex do."""
         for name, module in self.named_modules():
-            if isinstance(module, (nn.Linear, nn.Conv2d)) and not name.startswith("backbone."):
-                nn.init.xavier_uniform_(module.weight)
+            if name.startswith("backbone.") or not isinstance(module, (nn.Linear, nn.Conv2d)):
+                continue
+            module.reset_parameters()
+            if name.startswith(("class_embed.", "bbox_embed.")):
+                continue
+            # of queries, keys and values there is one matrix in those programs
+            is_part = name.endswith(("q_proj", "k_proj", "v_proj"))
+            nn.init.xavier_uniform_(module.weight, gain=2**-0.5 if is_part else 1)
+            if ".self_attn." in name or name.startswith("input_proj."):
                 nn.init.zeros_(module.bias)
         for module in self.modules():  # once more: their offsets are not random
             if hasattr(module, "sampling_offsets"):
                 self._init_weights(module)
-        for embedding in (self.query_content, self.label_embed):
-            embedding.reset_parameters()
+        nn.init.xavier_uniform_(self.query_content.weight)
+        self.label_embed.reset_parameters()
         for classes, box in zip(self.class_embed, self.bbox_embed):
-            classes.reset_parameters()
             nn.init.constant_(classes.bias, -math.log(99))  # a probability of 0.01
             nn.init.zeros_(box.layers[-1].weight)
+            nn.init.zeros_(box.layers[-1].bias)
 
     def forward(
         self,
@@ -152,7 +167,7 @@ class Dino(DeformableDetrModel):
         matched = [{key: value[:, count:] for key, value in layer.items()} for layer in layers]
         losses, loss = None, None
         if labels is not None:
-            num_boxes = _mean_num_boxes(labels)
+            num_boxes = mean_per_process(sum(len(label["boxes"]) for label in labels))
             losses = self._losses(proposals, matched, labels, num_boxes)
             if self.training and self.config.num_denoising:
                 losses |= self._denoising_losses(layers, labels, noise, num_boxes)
@@ -161,12 +176,13 @@ class Dino(DeformableDetrModel):
 
     def _encode(self, pixel_values: torch.Tensor, pixel_mask: torch.Tensor) -> "_Memory":
         """The maps of the backbone, and coarser ones, through the encoder."""
-        features = [feature for feature, _ in self.backbone(pixel_values, pixel_mask)]
+        features, masks = map(list, zip(*self.backbone(pixel_values, pixel_mask)))
         maps = [project(feature) for project, feature in zip(self.input_proj, features)]
         for project in self.input_proj[len(features) :]:
             maps.append(project(features[-1] if len(maps) == len(features) else maps[-1]))
+            size = maps[-1].shape[-2:]
+            masks.append(F.interpolate(pixel_mask[None].float(), size=size)[0].bool())
         shapes = [tuple(level.shape[-2:]) for level in maps]
-        masks = [F.interpolate(pixel_mask[None].float(), size=shape)[0].bool() for shape in shapes]
         positions = [
             self._positions(mask).flatten(1, 2) + embed
             for mask, embed in zip(masks, self.level_embed)
@@ -199,22 +215,12 @@ class Dino(DeformableDetrModel):
         )
 
     def _propose(self, memory: "_Memory") -> Predictions:
-        """Mixed query selection (section 3.4): the best positions give the queries' boxes.
-
-        Raises:
-            ValueError: if the images are so small that there are less positions than queries.
-        """
-        positions, count = memory.tokens.shape[1], self.config.num_queries
-        if positions < count:
-            raise ValueError(
-                f"num_queries={count} must be at most the number of positions in the feature maps, "
-                f"and images of this size have {positions}"
-            )
+        """Mixed query selection (section 3.4): the best positions give the queries' boxes."""
         shapes = memory.levels["spatial_shapes_list"]
         features, start = self.gen_encoder_output_proposals(memory.tokens, ~memory.mask, shapes)
         logits = self.class_embed[-1](features).float()
         boxes = (self.bbox_embed[-1](features) + start).sigmoid()
-        best = logits.max(-1).values.topk(count, dim=1).indices[..., None]
+        best = logits.max(-1).values.topk(self.config.num_queries, dim=1).indices[..., None]
         return {
             "logits": logits.take_along_dim(best, 1),
             "pred_boxes": boxes.take_along_dim(best, 1),
@@ -229,7 +235,7 @@ class Dino(DeformableDetrModel):
             stands for what.
         """
         config = self.config
-        return get_contrastive_denoising_training_group(
+        queries, boxes, mask, noise = get_contrastive_denoising_training_group(
             labels,
             config.num_labels,
             config.num_queries,
@@ -238,6 +244,12 @@ class Dino(DeformableDetrModel):
             config.label_noise_ratio,
             config.box_noise_scale,
         )
+        if noise is not None:
+            # Where an image has fewer boxes than another the label is padding, whose embedding is
+            # zero, and in the authors' program the logits of the box are too.
+            most = math.log((1 - _EPS) / _EPS)
+            boxes = boxes.clamp(-most, most) * queries.any(-1, keepdim=True)
+        return queries, boxes, mask, noise
 
     def _decode(
         self,
@@ -284,7 +296,8 @@ class Dino(DeformableDetrModel):
         """The losses of the encoder's proposals and of each layer, boxes matched to queries."""
         losses = {}
         for end, predicted in zip(("_enc", *_ends(layers)), (proposals, *layers)):
-            indices = self.matcher(predicted, labels)
+            finite = {key: value.nan_to_num() for key, value in predicted.items()}  # or it fails
+            indices = self.matcher(finite, labels)
             losses |= self._loss(predicted, labels, indices, num_boxes, end)
         return losses
 
@@ -359,12 +372,6 @@ class _Memory(NamedTuple):
 def _ends(layers: list[Predictions]) -> list[str]:
     """What the names of each layer's losses end on; those of the last layer on nothing."""
     return [*(f"_{i}" for i in range(len(layers) - 1)), ""]
-
-
-def _mean_num_boxes(labels: Labels) -> float:
-    """How many boxes a process has in the mean, at least one."""
-    counts = comm.all_gather(sum(len(label["boxes"]) for label in labels))
-    return max(sum(counts) / len(counts), 1)
 
 
 AutoConfig.register(DinoConfig.model_type, DinoConfig)

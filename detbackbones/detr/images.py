@@ -12,8 +12,8 @@ from torch import nn
 from ..backbones.feature_backbone import FeatureBackbone
 
 
-class OfNormalizedImages(nn.Module):
-    """A detector that normalizes and pads its images itself."""
+class NormalizesImages(nn.Module):
+    """What all meta-architectures here do with images before their model sees them."""
 
     def __init__(
         self,
@@ -23,7 +23,7 @@ class OfNormalizedImages(nn.Module):
     ):
         """
         Args:
-            backbone: whose sizes of images are kept to.
+            backbone: images are padded to the sizes that it takes.
             pixel_mean, pixel_std: of the images' channels, 0 to 255; None is for those that the
                 backbone's weights were trained with.
 

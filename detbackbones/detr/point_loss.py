@@ -1,7 +1,6 @@
 """Mask2Former's loss with true masks as bits, of which only the points that are drawn are read."""
 
 import torch
-from detectron2.utils import comm
 from scipy.optimize import linear_sum_assignment
 from transformers import Mask2FormerConfig
 from transformers.models.mask2former.modeling_mask2former import (
@@ -13,6 +12,8 @@ from transformers.models.mask2former.modeling_mask2former import (
     sample_point,
     sigmoid_cross_entropy_loss,
 )
+
+from .processes import mean_per_process
 
 Indices = list[tuple[torch.Tensor, torch.Tensor]]
 
@@ -38,20 +39,29 @@ class PointMatcher(Mask2FormerHungarianMatcher):
         Returns:
             for each image the queries that have a mask, and which one.
         """
-        indices = []
-        for logits, masks, true_masks, classes in zip(
+        images = zip(
             class_queries_logits.float(), masks_queries_logits.float(), mask_labels, class_labels
-        ):
-            points = torch.rand(1, self.num_points, 2, device=masks.device)
-            truth = read_bits(true_masks, points)
-            found = sample_point(masks[None], points, align_corners=False)[0]
-            costs = self.cost_class * -logits.softmax(-1)[:, classes]
-            costs = costs + self.cost_mask * pair_wise_sigmoid_cross_entropy_loss(found, truth)
-            costs = costs + self.cost_dice * pair_wise_dice_loss(found, truth)
-            most = torch.finfo(costs.dtype).max
-            costs = costs.nan_to_num(nan=most, posinf=most, neginf=most)
-            indices.append(tuple(map(torch.as_tensor, linear_sum_assignment(costs.cpu()))))
-        return indices
+        )
+        with torch.autocast(masks_queries_logits.device.type, enabled=False):
+            return [self._match(*image) for image in images]
+
+    def _match(
+        self,
+        logits: torch.Tensor,
+        masks: torch.Tensor,
+        true_masks: torch.Tensor,
+        classes: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Match the masks of one image."""
+        points = torch.rand(1, self.num_points, 2, device=masks.device)
+        truth = read_bits(true_masks, points)
+        found = sample_point(masks[None], points, align_corners=False)[0]
+        costs = self.cost_class * -logits.softmax(-1)[:, classes]
+        costs = costs + self.cost_mask * pair_wise_sigmoid_cross_entropy_loss(found, truth)
+        costs = costs + self.cost_dice * pair_wise_dice_loss(found, truth)
+        most = torch.finfo(costs.dtype).max
+        costs = costs.nan_to_num(nan=most, posinf=most, neginf=most)
+        return tuple(map(torch.as_tensor, linear_sum_assignment(costs.cpu())))
 
 
 class PointLoss(Mask2FormerLoss):
@@ -73,7 +83,7 @@ class PointLoss(Mask2FormerLoss):
         masks_queries_logits: torch.Tensor,
         mask_labels: list[torch.Tensor],
         indices: Indices,
-        num_masks: torch.Tensor,
+        num_masks: float,
     ) -> dict[str, torch.Tensor]:
         """Cross entropy and dice loss at points, most of them where the mask is uncertain.
 
@@ -106,10 +116,34 @@ class PointLoss(Mask2FormerLoss):
             "loss_dice": dice_loss(logits, truth, num_masks),
         }
 
-    def get_num_masks(self, class_labels: list[torch.Tensor], device: torch.device) -> torch.Tensor:
-        """How many masks a process has in the mean, at least one."""
-        counts = comm.all_gather(sum(map(len, class_labels)))
-        return torch.tensor(max(sum(counts) / len(counts), 1.0), device=device)
+    def forward(
+        self,
+        masks_queries_logits: torch.Tensor,
+        class_queries_logits: torch.Tensor,
+        mask_labels: list[torch.Tensor],
+        class_labels: list[torch.Tensor],
+        auxiliary_predictions: list[dict[str, torch.Tensor]],
+    ) -> dict[str, torch.Tensor]:
+        """The losses of the last layer, and with the layer's number those of the others.
+
+        Args:
+            masks_queries_logits: (N, queries, h, w).
+            class_queries_logits: (N, queries, classes + 1).
+            mask_labels: for each image bits (n, H, W).
+            class_labels: for each image (n,).
+            auxiliary_predictions: the same two of each other layer.
+        """
+        num_masks = mean_per_process(sum(map(len, class_labels)))
+        layers = {"": (masks_queries_logits, class_queries_logits)}
+        for i, layer in enumerate(auxiliary_predictions):
+            layers[f"_{i}"] = (layer["masks_queries_logits"], layer["class_queries_logits"])
+        losses = {}
+        for end, (masks, classes) in layers.items():
+            indices = self.matcher(masks, classes, mask_labels, class_labels)
+            found = self.loss_masks(masks, mask_labels, indices, num_masks)
+            found |= self.loss_labels(classes, class_labels, indices)
+            losses |= {f"{key}{end}": value for key, value in found.items()}
+        return losses
 
 
 def read_bits(

@@ -5,20 +5,20 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from detectron2.modeling import META_ARCH_REGISTRY, Backbone
+from detectron2.modeling import Backbone
 from detectron2.modeling.postprocessing import sem_seg_postprocess
 from detectron2.structures import BitMasks, Instances, PolygonMasks
 
+from ..data.images import ImageError
 from ..messages import one_of, whole_number
 from .architectures import SEGMENTERS, build_config, build_model, choose_levels, import_transformers
-from .images import OfNormalizedImages
+from .images import NormalizesImages
 
 TASKS = ("instance", "semantic", "panoptic")
 IGNORE_LABEL = 255
 
 
-@META_ARCH_REGISTRY.register()
-class TransformersSegmenter(OfNormalizedImages):
+class TransformersSegmenter(NormalizesImages):
     """Mask2Former, https://arxiv.org/abs/2112.01527, on any backbone.
 
     Its state dict has the backbone under ``backbone.`` and the rest of the model under ``model.``.
@@ -55,8 +55,9 @@ class TransformersSegmenter(OfNormalizedImages):
             pixel_mean, pixel_std: of the images' channels, 0 to 255; None is for those that the
                 backbone's weights were trained with.
             test_topk_per_image: instances to keep for an image.
-            object_score_thresh: a query of a lower score is no segment of a panoptic map.
-            overlap_thresh: a segment that others cover more is none.
+            object_score_thresh: of "panoptic"; a query becomes a segment if its score is higher.
+            overlap_thresh: of "panoptic"; a query becomes a segment if at least this part of its
+                mask is not covered by others.
 
         Raises:
             ImportError: if transformers is not installed.
@@ -71,8 +72,18 @@ class TransformersSegmenter(OfNormalizedImages):
             whole_number("num_queries", num_queries)
         if (task == "panoptic") != (num_things is not None):
             raise ValueError(f"num_things={num_things} must be given for task='panoptic' alone")
-        if num_things is not None and not 0 <= num_things <= num_classes:
-            raise ValueError(f"num_things={num_things} must be from 0 to num_classes={num_classes}")
+        if num_things is not None:
+            whole_number("num_things", num_things)
+            if num_things >= num_classes:
+                raise ValueError(
+                    f"num_things={num_things} must be less than num_classes={num_classes}"
+                )
+        for key, value in (
+            ("object_score_thresh", object_score_thresh),
+            ("overlap_thresh", overlap_thresh),
+        ):
+            if not isinstance(value, int | float) or not 0 <= value <= 1:
+                raise ValueError(f"{key}={value!r} must be a number from 0 to 1")
         import_transformers()
         from .point_loss import PointLoss  # which needs transformers
 
@@ -136,9 +147,10 @@ class TransformersSegmenter(OfNormalizedImages):
                 found, first = found[found > 0], self.num_things - 1  # stuff is counted from 1
             classes.append(found.long() + first)
             masks.append(label_map == found[:, None, None])
-        whole = torch.cat(masks)
-        height, width = whole.shape[-2:]
-        return torch.cat(classes), F.pad(whole, (0, size[1] - width, 0, size[0] - height))
+        padded = masks[0].new_zeros(sum(map(len, masks)), *size)
+        height, width = masks[0].shape[-2:]
+        torch.cat(masks, out=padded[:, :height, :width])
+        return torch.cat(classes), padded
 
     def _inference(self, batched_inputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
         give = {
@@ -157,50 +169,55 @@ class TransformersSegmenter(OfNormalizedImages):
             ):
                 height = batched_inputs[i].get("height", size[0])
                 width = batched_inputs[i].get("width", size[1])
-                frame = (tuple(images.tensor.shape[-2:]), size, height, width)
-                results[i] = give(logits.softmax(-1)[:, :-1], masks, frame)
+                masks = F.interpolate(
+                    masks[None], images.tensor.shape[-2:], mode="bilinear", align_corners=False
+                )[0]
+                masks = sem_seg_postprocess(masks, size, height, width).sigmoid()
+                with torch.autocast(self.device.type, enabled=False):
+                    results[i] = give(logits.softmax(-1)[:, :-1], masks)
         return [results[i] for i in range(len(batched_inputs))]
 
-    def _instances(
-        self, scores: torch.Tensor, masks: torch.Tensor, frame: tuple
-    ) -> dict[str, Instances]:
-        """The best pairs of query and class; a query may be there for several classes."""
+    def _instances(self, scores: torch.Tensor, masks: torch.Tensor) -> dict[str, Instances]:
+        """The best pairs of query and class; a query may be there for several classes.
+
+        Args:
+            scores: (queries, classes).
+            masks: probabilities (queries, height, width).
+        """
         best, index = scores.flatten().topk(min(self.test_topk_per_image, scores.numel()))
-        probabilities = _resized(masks[index // scores.shape[1]], frame).sigmoid()
-        found = Instances(tuple(probabilities.shape[-2:]))
-        found.pred_masks = probabilities > 0.5
-        size = found.pred_masks.flatten(1).sum(1)
-        inside = (probabilities * found.pred_masks).flatten(1).sum(1)
-        found.scores = best * inside / size.clamp(min=1)
-        found.pred_boxes = BitMasks(found.pred_masks).get_bounding_boxes()
-        found.pred_classes = index % scores.shape[1]
-        order = found.scores.argsort(descending=True)
-        return {"instances": found[order[size[order] > 0]]}
+        probabilities = masks[index // scores.shape[1]]
+        bits = probabilities > 0.5
+        size = bits.flatten(1).sum(1)
+        sure = (probabilities * bits).flatten(1).sum(1) / size.clamp(min=1)
+        order = (best * sure).argsort(descending=True)
+        order = order[size[order] > 0]
+        found = Instances(tuple(masks.shape[-2:]))
+        found.pred_masks = bits[order]
+        found.scores = (best * sure)[order]
+        found.pred_classes = (index % scores.shape[1])[order]
+        found.pred_boxes = BitMasks(bits[order]).get_bounding_boxes().to(masks.device)
+        return {"instances": found}
 
-    def _semantic(
-        self, scores: torch.Tensor, masks: torch.Tensor, frame: tuple
-    ) -> dict[str, torch.Tensor]:
-        probabilities = _resized(masks, frame).sigmoid()
-        return {"sem_seg": torch.einsum("qc,qhw->chw", scores, probabilities)}
+    def _semantic(self, scores: torch.Tensor, masks: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"sem_seg": torch.einsum("qc,qhw->chw", scores, masks)}
 
-    def _panoptic(self, scores: torch.Tensor, masks: torch.Tensor, frame: tuple) -> dict[str, Any]:
+    def _panoptic(self, scores: torch.Tensor, masks: torch.Tensor) -> dict[str, Any]:
         """Each pixel is of the query that is surest of it; section 3.4 of Mask2Former's paper."""
-        things = scores[:, : self.num_things].amax(1, keepdim=True)
-        stuff = scores[:, self.num_things :]
-        result = self._semantic(torch.cat([things, stuff], 1), masks, frame)
-        result |= self._instances(scores[:, : self.num_things], masks, frame)
+        things, stuff = scores[:, : self.num_things], scores[:, self.num_things :]
+        result = self._semantic(torch.cat([things.amax(1, keepdim=True), stuff], 1), masks)
+        result |= self._instances(things, masks)
         best, classes = scores.max(1)
         kept = (best > self.object_score_thresh) & (best > 1 - scores.sum(1))
-        segments = torch.zeros(frame[2:], dtype=torch.int32, device=masks.device)
+        segments = torch.zeros(masks.shape[-2:], dtype=torch.int32, device=masks.device)
         infos: list[dict[str, Any]] = []
         result["panoptic_seg"] = (segments, infos)
         if not kept.any():
             return result
-        probabilities = _resized(masks[kept], frame).sigmoid()
-        owner = (best[kept, None, None] * probabilities).argmax(0)
+        best, classes, masks = best[kept], classes[kept], masks[kept]
+        owner = (best[:, None, None] * masks).argmax(0)
         stuff_ids: dict[int, int] = {}
-        for i, (class_id, score) in enumerate(zip(classes[kept].tolist(), best[kept].tolist())):
-            own, whole = owner == i, probabilities[i] >= 0.5
+        for i, (class_id, score) in enumerate(zip(classes.tolist(), best.tolist())):
+            own, whole = owner == i, masks[i] >= 0.5
             segment = own & whole
             if not segment.any() or own.sum() < self.overlap_thresh * whole.sum():
                 continue
@@ -222,26 +239,14 @@ def _bits(instances: Instances) -> torch.Tensor:
     """The true masks, bits (n, H, W).
 
     Raises:
-        ValueError: if there are boxes without masks.
+        ImageError: if there are boxes without masks.
     """
     height, width = instances.image_size
     if not instances.has("gt_masks"):
         if len(instances):
-            raise ValueError("task='instance' must have masks, and the data have boxes alone")
+            raise ImageError("Mask2Former must have masks to learn, and an image has boxes alone")
         return torch.zeros(0, height, width, dtype=torch.bool, device=instances.gt_classes.device)
     masks = instances.gt_masks
     if isinstance(masks, PolygonMasks):
         masks = BitMasks.from_polygon_masks(masks, height, width)
     return masks.tensor.to(instances.gt_classes.device)
-
-
-def _resized(masks: torch.Tensor, frame: tuple) -> torch.Tensor:
-    """Logits of masks (n, h, w) in the size that is asked for, without the padding.
-
-    Args:
-        masks: as the model gives them.
-        frame: (height, width) of the padded image, and of the image; then those asked for.
-    """
-    padded, size, height, width = frame
-    masks = F.interpolate(masks[None], size=padded, mode="bilinear", align_corners=False)[0]
-    return sem_seg_postprocess(masks, size, height, width)

@@ -31,6 +31,10 @@ def check_classes(cfg: DictConfig) -> None:
     metadata = MetadataCatalog.get(name)
     things, stuff = (len(metadata.get(f"{kind}_classes") or ()) for kind in ("thing", "stuff"))
     task = cfg.model.get("task")
+    if task == "panoptic" and not stuff:
+        raise ValueError(
+            "model.task='panoptic' must have stuff in the training data: there is none"
+        )
     counts = [*_class_counts(cfg.model, "model")]
     if task == "panoptic":
         counts.append(("model.num_things", cfg.model.get("num_things")))

@@ -18,6 +18,7 @@ RUN_ERRORS = (*DATA_ERRORS, FloatingPointError)
 
 # What they say of an evaluation is in its metrics, and is left to the file.
 QUIET = (
+    "detbackbones.evaluation",
     "detectron2.data.common",
     "detectron2.evaluation.coco_evaluation",
     "detectron2.evaluation.fast_eval_api",

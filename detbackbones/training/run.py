@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from detectron2.config import LazyConfig, instantiate
@@ -120,7 +121,8 @@ def evaluate(cfg: DictConfig) -> Results:
         results = evaluate_model(cfg, model)
         if comm.is_main_process():
             metrics = Path(folder, "evaluation.json")
-            metrics.write_text(json.dumps({"checkpoint": file or init, **results}, indent=1) + "\n")
+            content = {"checkpoint": file or init, **_without_nan(results)}
+            metrics.write_text(json.dumps(content, indent=1) + "\n")
             log_files([metrics, *draw_pictures(cfg, model, "evaluation.png")])
         return results
 
@@ -193,7 +195,7 @@ def prepare_output(cfg: DictConfig, *, resume: bool = False, overwrite: bool = F
                 "--overwrite (overwrite=True)"
             )
         if run:
-            pictures = ("predictions.png", "curves.png")
+            pictures = ("predictions.png", "curves.png", "evaluation.json", "evaluation.png")
             run += _existing(folder, "log.txt*", "events.out.tfevents.*", *pictures)
         for path in run:
             path.unlink()
@@ -411,8 +413,9 @@ def evaluate_model(
     with torch.autocast(cfg.train.device, dtype, enabled=amp.enabled):
         loader, evaluator = map(instantiate, (cfg.dataloader.test, cfg.dataloader.evaluator))
         callbacks = {"before_inference": before_batch} if before_batch else None
-        with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints
+        with contextlib.redirect_stdout(io.StringIO()) as printed:  # by pycocotools
             results = inference_on_dataset(model, loader, evaluator, callbacks)
+    logging.getLogger("detbackbones.evaluation").info("printed\n%s", printed.getvalue())
     if comm.is_main_process():
         logger.info("metrics\n%s", "\n\n".join(metric_tables(results)))
     return results
@@ -424,14 +427,16 @@ def metric_tables(results: Results) -> list[str]:
     What a class without a true box has is no number, and is left out.
     """
     tables = []
-    for task, metrics in results.items():
+    for task, metrics in _without_nan(results).items():
+        if not isinstance(metrics, dict):  # an evaluator may give single numbers
+            metrics = {task: metrics}
         whole = {name: value for name, value in metrics.items() if "-" not in name}
         tables.append(_table([[task, *whole.values()]], ["", *whole]))
         classes: dict[str, dict[str, float | None]] = {}
         for name, value in metrics.items():
             kind, dash, class_name = name.partition("-")
             if dash:
-                classes.setdefault(class_name, {})[kind] = None if math.isnan(value) else value
+                classes.setdefault(class_name, {})[kind] = value
         if classes:
             kinds = [*next(iter(classes.values()))]
             rows = [[name, *(row.get(kind) for kind in kinds)] for name, row in classes.items()]
@@ -440,7 +445,15 @@ def metric_tables(results: Results) -> list[str]:
 
 
 def _table(rows: list[list], headers: list[str]) -> str:
-    return tabulate(rows, headers, tablefmt="github", floatfmt=".1f", missingval="-")
+    numbers = {"floatfmt": ".1f", "missingval": "-", "disable_numparse": [0]}
+    return tabulate(rows, headers, tablefmt="github", **numbers)
+
+
+def _without_nan(results: Any) -> Any:
+    """The same with None for what is no number, which JSON has not."""
+    if isinstance(results, dict):
+        return {key: _without_nan(value) for key, value in results.items()}
+    return None if isinstance(results, float) and math.isnan(results) else results
 
 
 def log_files(written: list[Path]) -> None:

@@ -229,12 +229,30 @@ def test_two_processes_evaluate_what_they_write(tiny, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("architecture", ["rt_detr_v2", "deformable_detr"])
+@pytest.mark.parametrize("architecture", ["rt_detr_v2", "deformable_detr", "dino"])
 def test_a_detr_trains_on_two_processes(tiny, tmp_path, architecture):
-    """Each parameter has a gradient in each process, or the second step would fail."""
+    """Each parameter has a gradient in each process, or the second step would fail.
+
+    In half of the images there is no box, so that a process may have none.
+    """
+    data = json.loads((tiny / "train.json").read_text())
+    kept = {image["id"] for image in data["images"][::2]}
+    data["annotations"] = [x for x in data["annotations"] if x["image_id"] in kept]
+    (tmp_path / "train.json").write_text(json.dumps(data))
     more = [f"model.architecture={architecture}", "--num-processes", 2]
-    assert start([*words(tiny, tmp_path, "rt_detr"), *more]).wait(timeout=600) == 0
-    assert {"loss_bbox", "bbox/AP50"} <= metrics(tmp_path).keys()
+    more += [f"dataset.train_json={tmp_path}/train.json"]
+    more += ["dataloader.train.dataset.filter_empty=False"]
+    folder = tmp_path / "run"
+    assert start([*words(tiny, folder, "rt_detr"), *more]).wait(timeout=600) == 0
+    assert {"loss_bbox", "bbox/AP50"} <= metrics(folder).keys()
+    assert "iter 4/4" in (folder / "log.txt").read_text()
+
+
+@pytest.mark.slow
+def test_mask2former_trains_on_two_processes(tiny, tmp_path):
+    more = ["model.config_kwargs.train_num_points=50", "--num-processes", 2]
+    assert start([*words(tiny, tmp_path, "mask2former_instance"), *more]).wait(timeout=600) == 0
+    assert {"loss_mask", "segm/AP50"} <= metrics(tmp_path).keys()
     assert "iter 4/4" in (tmp_path / "log.txt").read_text()
 
 
@@ -267,7 +285,7 @@ def test_a_folder_that_holds_a_run_is_refused(tiny, run_train_net, tmp_path, cap
     before = (tmp_path / "model_final.pth").read_bytes()
     assert run_train_net(*arguments, "train.seed=1") == 2
     line = capsys.readouterr().err.strip().splitlines()[-1]
-    assert re.search("train.output_dir=.* holds a run already .*--resume, .*--overwrite", line)
+    assert re.search("train.output_dir=.* holds a run already .*--resume .*--overwrite", line)
     assert (tmp_path / "model_final.pth").read_bytes() == before
     assert run_train_net("--overwrite", *arguments, "train.seed=1") == 0
     assert (tmp_path / "model_final.pth").read_bytes() != before

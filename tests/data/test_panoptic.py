@@ -1,4 +1,4 @@
-"""Panoptic quality: worked examples, the same by brute force, and how it is gathered."""
+"""Panoptic quality: worked examples, the same by brute force, and its evaluator."""
 
 import itertools
 import json

@@ -3,6 +3,7 @@
 import math
 import sys
 
+import detbackbones.detr.dino  # noqa: F401  which transformers knows from then on
 import pytest
 import torch
 import transformers
@@ -14,7 +15,7 @@ from detbackbones import (
     add_backbone_config,
     build_pyramid,
 )
-from detbackbones.detr.architectures import ARCHITECTURES, encoder_name, import_transformers
+from detbackbones.detr.architectures import ARCHITECTURES, encoder_name
 from detbackbones.detr.images import images_and_mask
 from detbackbones.detr.pretrained import timm_backbone_name, timm_keys
 from detectron2.config import get_cfg
@@ -30,7 +31,6 @@ from transformers import (
     TimmBackboneConfig,
 )
 
-import_transformers()  # which knows DINO from then on
 SMALL = {"decoder_layers": 2, "encoder_layers": 1}
 VITS = ["lw_detr", "rf_detr"]  # they take levels of one stride
 NOWHERE = "detbackbones/there-is-no-such-detector"

@@ -123,16 +123,19 @@ def main() -> None:
     for seed in range(args.seeds):
         for name in names:
             steps = 4 * args.iterations if "batches of 1" in name else args.iterations
-            words = [f"--config-file=finetune/{config}.py", *data(args.task, args.folder), *needs]
+            words = [
+                "--config-file",
+                f"finetune/{config}.py",
+                *data(args.task, args.folder),
+                *needs,
+            ]
             words += [f"{BACKBONE}.model_name=tf_efficientnet_lite0", f"train.seed={seed}"]
             words += [f"train.max_iter={args.iterations}", "train.pictures=0", *every[name]]
             words += [f"train.eval_period={steps // 4}", f"train.checkpointer.period={steps}"]
             words += ["dataloader.train.num_workers=1", "dataloader.test.num_workers=1"]
-            cases[name, seed, args.iterations] = (words, metric)
+            cases[name, seed] = (words, metric)
     found = train_all(cases, output, args.jobs)
-    rows = {
-        name: [found[name, seed, args.iterations] for seed in range(args.seeds)] for name in names
-    }
+    rows = {name: [found[name, seed] for seed in range(args.seeds)] for name in names}
     table = []
     for name, runs in rows.items():
         ends = [run["curve"][-1][1] for run in runs]

@@ -88,7 +88,7 @@ def draw(results: dict[Key, dict], path: Path) -> None:
     figure = Figure((14, 6), dpi=100, layout="constrained")
     columns = -(-len(DETECTORS) // 2)
     grid = figure.subplots(2, columns, sharex=True, sharey=True).flat
-    for axes, detector in zip(grid, DETECTORS):
+    for detector, axes in zip(DETECTORS, grid):
         for backbone in BACKBONES:
             curve = results[detector, backbone, "trained"]["curve"]
             axes.plot(*zip((0, 0.0), *curve), marker="o", ms=3, label=backbone)

@@ -32,10 +32,11 @@ def train(words: Sequence[str], output: Path, metric: str) -> dict[str, Any]:
         text=True,
         env={"OMP_NUM_THREADS": "1", **os.environ},
     )
-    result = {"command": shlex.join(["detbackbones", *command])}
+    result = {"words": [*words], "command": shlex.join(["detbackbones", *command])}
     result["seconds"] = time.perf_counter() - start
     if done.returncode:
-        sys.exit(f"runs: {result['command']} failed: {done.stderr.strip().splitlines()[-1]}")
+        said = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
+        sys.exit(f"runs: {result['command']} failed: {said[-1]}")
     lines = map(json.loads, (output / "metrics.json").read_text().splitlines())
     return {
         **result,
@@ -46,7 +47,7 @@ def train(words: Sequence[str], output: Path, metric: str) -> dict[str, Any]:
 def train_all(
     cases: Mapping[Key, tuple[Sequence[str], str]], folder: Path, jobs: int
 ) -> dict[Key, dict[str, Any]]:
-    """The results of all cases, those in ``runs.jsonl`` of the folder without another run.
+    """The results of all cases; what ``runs.jsonl`` of the folder has of the same words is kept.
 
     Args:
         cases: by a key what :func:`train` takes, words and metric.
@@ -57,6 +58,7 @@ def train_all(
     kept = folder / "runs.jsonl"
     lines = map(json.loads, kept.read_text().splitlines() if kept.exists() else ())
     found = {tuple(line["key"]): line for line in lines}
+    found = {k: line for k, line in found.items() if k in cases and line["words"] == [*cases[k][0]]}
 
     def run(key: Key) -> None:
         words, metric = cases[key]

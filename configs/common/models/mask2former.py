@@ -5,6 +5,8 @@ from detectron2.config import LazyCall as L
 
 from ..backbone import timm_r50
 
+timm_r50.freeze_at = 0
+
 model = L(TransformersSegmenter)(
     backbone=timm_r50,
     num_classes=80,
