@@ -1,4 +1,4 @@
-"""Mask2Former's loss with true masks as bits, of which only the points that are drawn are read."""
+"""Mask2Former's loss with true masks as bits, of which a few are floats at a time."""
 
 import torch
 from scipy.optimize import linear_sum_assignment
@@ -15,11 +15,12 @@ from transformers.models.mask2former.modeling_mask2former import (
 
 from .processes import mean_per_process
 
+_AT_A_TIME = 16  # masks of an image that are floats
 Indices = list[tuple[torch.Tensor, torch.Tensor]]
 
 
 class PointMatcher(Mask2FormerHungarianMatcher):
-    """Transformers' matcher, with the true masks read at the points alone."""
+    """Transformers' matcher, with the true masks as bits."""
 
     @torch.no_grad()
     def forward(
@@ -65,7 +66,7 @@ class PointMatcher(Mask2FormerHungarianMatcher):
 
 
 class PointLoss(Mask2FormerLoss):
-    """Transformers' loss, with the true masks read at the points alone."""
+    """Transformers' loss, with the true masks as bits."""
 
     def __init__(self, config: Mask2FormerConfig, weight_dict: dict[str, float]):
         """
@@ -149,9 +150,7 @@ class PointLoss(Mask2FormerLoss):
 def read_bits(
     masks: torch.Tensor, points: torch.Tensor, which: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Masks at points between their pixels, as ``grid_sample`` has them, but of bits.
-
-    It is bilinear, with zeros outside and without aligned corners.
+    """Masks at points between their pixels; a few of the masks are floats at a time.
 
     Args:
         masks: bits (n, H, W).
@@ -161,15 +160,17 @@ def read_bits(
     Returns:
         values from 0 to 1, (m, P).
     """
-    count, height, width = masks.shape
-    which = torch.arange(count, device=masks.device) if which is None else which.to(masks.device)
-    x, y = points[..., 0] * width - 0.5, points[..., 1] * height - 0.5
-    left, top = x.floor(), y.floor()
-    values = torch.zeros(len(which), points.shape[1], device=masks.device)
-    for right, below in ((0, 0), (1, 0), (0, 1), (1, 1)):
-        column, row = left + right, top + below
-        weight = (1 - (x - column).abs()) * (1 - (y - row).abs())
-        inside = (0 <= column) & (column < width) & (0 <= row) & (row < height)
-        column, row = column.clamp(0, width - 1).long(), row.clamp(0, height - 1).long()
-        values += masks[which[:, None], row, column] * (weight * inside)
-    return values
+    which = torch.arange(len(masks)) if which is None else which
+    if not len(which):
+        return points.new_zeros(0, points.shape[1])
+    parts = which.split(_AT_A_TIME)
+    if len(points) == 1:
+        return torch.cat(
+            [sample_point(masks[i][None].float(), points, align_corners=False)[0] for i in parts]
+        )
+    return torch.cat(
+        [
+            sample_point(masks[i][:, None].float(), at, align_corners=False).squeeze(1)
+            for i, at in zip(parts, points.split(_AT_A_TIME))
+        ]
+    )

@@ -57,13 +57,13 @@ def without_gradient(model):
     return [k for k, p in model.named_parameters() if p.requires_grad and p.grad is None]
 
 
-def test_bits_are_read_as_grid_sample_reads_floats():
+def test_bits_are_read_as_floats_are():
     generator = torch.Generator().manual_seed(0)
-    bits = torch.rand(5, 37, 41, generator=generator) > 0.5
-    points = 1.2 * torch.rand(5, 300, 2, generator=generator) - 0.1
+    bits = torch.rand(35, 37, 41, generator=generator) > 0.5
+    points = 1.2 * torch.rand(35, 300, 2, generator=generator) - 0.1
     expected = sample_point(bits[:, None].float(), points, align_corners=False).squeeze(1)
     torch.testing.assert_close(read_bits(bits, points), expected, rtol=0, atol=1e-5)
-    which = torch.tensor([4, 0, 0])
+    which = torch.tensor([34, 0, 0])
     torch.testing.assert_close(
         read_bits(bits, points[:1], which),
         sample_point(

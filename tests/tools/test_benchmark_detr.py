@@ -16,10 +16,11 @@ def run(*words):
     return subprocess.run([*command, *words], capture_output=True, text=True)
 
 
-def test_it_prints_a_table():
-    done = run("--architecture", "deformable_detr")
+@pytest.mark.parametrize("architecture", ["deformable_detr", "mask2former"])
+def test_it_prints_a_table(architecture):
+    done = run("--architecture", architecture)
     assert done.returncode == 0, done.stderr
-    lines = [line for line in done.stdout.splitlines() if "deformable_detr on test_resnet" in line]
+    lines = [line for line in done.stdout.splitlines() if f"{architecture} on test_resnet" in line]
     assert len(lines) == 2
     assert re.search(r"\| transformers \| +[0-9.]+ \|.*\| +[0-9]+\.[0-9]{3} \|", lines[1])
 
