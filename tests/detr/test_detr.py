@@ -230,7 +230,7 @@ def test_boxes_come_back_from_what_the_model_learns(architecture):
         assert found.pred_classes[:2].tolist() == expected.gt_classes.tolist()
 
 
-@pytest.mark.parametrize("architecture", ["rt_detr", "rt_detr_v2", "d_fine", "deimv2"])
+@pytest.mark.parametrize("architecture", ["rt_detr", "rt_detr_v2", "d_fine"])
 def test_boxes_stand_on_the_positions_of_the_padded_image(architecture):
     """Before any training, a box has its centre in the middle of a position of a feature map."""
     model = detector(architecture, "test_resnet", num_queries=200).eval()

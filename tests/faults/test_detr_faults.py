@@ -15,15 +15,16 @@ from detbackbones.detr.architectures import ARCHITECTURES
         ({"decoder_layers": 0}, "decoder_layers=0 must be at least 2"),
         ({"no_such": 1}, "config_kwargs has 'no_such'"),
         ({"num_labels": 3}, "config_kwargs has 'num_labels', which follows"),
-        ({"encoder_layers": "two"}, "are refused: "),
+        ({"decoder_ffn_dim": "two"}, "are refused: "),
     ],
 )
 def test_options_that_cannot_be_trained_are_refused(architecture, option, message):
     if "auxiliary_loss" in option and not ARCHITECTURES[architecture].pyramid:
         pytest.skip("every parameter has a gradient without it")
+    out_features = ["res4"] if ARCHITECTURES[architecture].vit else None
     with pytest.raises(ValueError, match=message):
         TransformersDetector(
-            backbone=TimmBackbone("test_resnet"),
+            backbone=TimmBackbone("test_resnet", out_features=out_features),
             architecture=architecture,
             num_classes=2,
             config_kwargs=option,
