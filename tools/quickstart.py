@@ -51,16 +51,22 @@ class Run(NamedTuple):
     seconds: float
 
 
-def prepare_output(folder: Path, overwrite: bool) -> None:
-    """Make the output folder; refuse one that is in use, but for an earlier quickstart's."""
+def prepare_output(folder: Path, overwrite: bool, resume: bool = False) -> None:
+    """Make the output folder; refuse one that is in use.
+
+    Of an earlier quickstart's folder the runs are removed with ``overwrite``, and stay with
+    ``resume``.
+    """
     commands = folder / "commands.sh"
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         if not (commands.is_file() and commands.read_text().startswith(HEADER)):
             raise FileExistsError(f"--output {folder} is not empty: give a new or empty folder")
+        if resume:
+            return
         if not overwrite:
             raise FileExistsError(
-                f"--output {folder} holds an earlier quickstart: give another folder, or replace "
-                "it with --overwrite"
+                f"--output {folder} holds an earlier quickstart: continue it with --resume, "
+                "replace it with --overwrite, or give another folder"
             )
         for name in reversed(OUTPUTS):  # commands.sh last, so that a kill leaves the folder ours
             path = folder / name
@@ -69,12 +75,12 @@ def prepare_output(folder: Path, overwrite: bool) -> None:
     commands.write_text(HEADER)
 
 
-def train(title: str, output: Path, name: str, *overrides: str) -> Run:
+def train(title: str, output: Path, name: str, *more: str) -> Run:
     """Print the command of a training, keep it and run it; end with its exit status if it fails."""
     words = ["train", "--config-file=finetune/faster_rcnn.py", f"train.output_dir={output / name}"]
     words += [f"dataset.{split}_json={DATA / split}.json" for split in ("train", "val")]
     words += [f"dataset.{split}_images={DATA / 'images'}" for split in ("train", "val")]
-    words += overrides
+    words += more
     text = f"\n# {title}\ndetbackbones " + " \\\n    ".join(map(shlex.quote, words))
     print(text, flush=True)
     with open(output / "commands.sh", "a") as commands:
@@ -114,12 +120,13 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the training")
     parser.add_argument("--iterations", type=int, default=40, help="default: %(default)s")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier quickstart")
+    parser.add_argument("--resume", action="store_true", help="continue one that was interrupted")
     args = parser.parse_args()
     if args.seed < 0 or args.iterations < 1:
         parser.error(f"--seed {args.seed} must be 0 or more, --iterations {args.iterations} 1")
     output = args.output
     try:
-        prepare_output(output, args.overwrite)
+        prepare_output(output, args.overwrite, args.resume)
     except OSError as error:
         parser.error(str(error))
 
@@ -131,6 +138,8 @@ def main() -> None:
         f"train.eval_period={max(args.iterations // 2, 1)}",
         f"train.log_period={max(args.iterations // 5, 1)}",
     ]
+    if args.resume:
+        length.append("--resume")
     runs = {
         "ImageNet weights": train(
             "from ImageNet weights, batch norm frozen", output, "pretrained", *length

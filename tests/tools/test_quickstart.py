@@ -1,5 +1,6 @@
 import json
 import re
+import shutil
 import subprocess
 import sys
 
@@ -78,6 +79,20 @@ def test_a_second_run_is_refused(quick):
     done = execute("--output", quick[0])
     assert done.returncode == 2
     assert "holds an earlier quickstart" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_an_interrupted_one_goes_on(quick, tmp_path):
+    """The first run had ended, the second is not there yet."""
+    shutil.copytree(quick[0] / "pretrained", tmp_path / "pretrained")
+    shutil.copy(quick[0] / "commands.sh", tmp_path)
+    done = execute("--output", tmp_path, "--iterations=2", "--seed=1", "--resume")
+    assert done.returncode == 0, done.stdout + done.stderr
+    before, after = (backbone_of(folder / "pretrained") for folder in (quick[0], tmp_path))
+    assert all(torch.equal(value, before[key]) for key, value in after.items())
+    row = re.compile(r"^\| (?:ImageNet|random) weights.*", re.MULTILINE)
+    first, second = (row.findall(text) for text in (quick[1], done.stdout))
+    assert len(first) == 2  # without the seconds they are the same
+    assert [x.split("|")[1:5] for x in first] == [x.split("|")[1:5] for x in second]
 
 
 def test_only_an_earlier_quickstart_is_replaced(tmp_path):
