@@ -231,6 +231,11 @@ def _check_trainable(architecture: Architecture, settings: Mapping[str, Any]) ->
             "config_kwargs: auxiliary_loss=False must be left out: the encoder's part in choosing "
             "queries would have no loss"
         )
+    if settings.get("num_denoising") and settings["box_noise_scale"] <= 0:
+        raise ValueError(
+            f"config_kwargs: box_noise_scale={settings['box_noise_scale']} must be more than 0: "
+            "transformers takes boxes without noise for logits"
+        )
     if settings.get("learn_initial_query"):
         raise ValueError(
             "config_kwargs: learn_initial_query=True must be left out: transformers' model fails "

@@ -13,6 +13,7 @@ from detbackbones.detr.architectures import ARCHITECTURES
         ({"learn_initial_query": True}, "learn_initial_query"),
         ({"decoder_layers": 1}, "decoder_layers=1 must be at least 2"),
         ({"decoder_layers": 0}, "decoder_layers=0 must be at least 2"),
+        ({"box_noise_scale": 0.0}, "box_noise_scale=0.0 must be more than 0|has 'box_noise_scale'"),
         ({"no_such": 1}, "config_kwargs has 'no_such'"),
         ({"num_labels": 3}, "config_kwargs has 'num_labels', which follows"),
         ({"decoder_ffn_dim": "two"}, "are refused: "),
