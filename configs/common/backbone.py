@@ -12,6 +12,18 @@ torchvision_r50 = L(TorchvisionBackbone)(
     model_name="resnet50", weights="DEFAULT", norm="FrozenBN", freeze_at=2, model_kwargs={}
 )
 
+vit_s_pyramid = L(build_pyramid)(  # for detectors of levels from stride 8
+    bottom_up=L(TimmBackbone)(
+        model_name="vit_small_patch16_224",
+        pretrained=True,
+        norm="",
+        freeze_at=0,
+        drop_path_rate=0.1,
+        model_kwargs={},
+    ),
+    out_channels=256,
+    min_level=3,
+)
 fpn = L(build_pyramid)(bottom_up=timm_r50, out_channels=256, top_block=L(LastLevelMaxPool)())
 retinanet_fpn = L(build_pyramid)(
     bottom_up=timm_r50,

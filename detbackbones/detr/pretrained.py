@@ -65,11 +65,11 @@ def read_config(name: str) -> "PreTrainedConfig":
         ValueError: if it is a folder without a configuration, or of a model that is none of
             ``ARCHITECTURES``.
     """
-    import_transformers()
+    transformers = import_transformers()
     from . import dino  # noqa: F401  which transformers knows from then on
 
     with _reading(name):
-        config = import_transformers().AutoConfig.from_pretrained(name)
+        config = transformers.AutoConfig.from_pretrained(name)
     if config.model_type not in ARCHITECTURES:
         raise ValueError(
             f"pretrained_detector={name!r} must be of a known architecture, and it is of "
