@@ -23,6 +23,7 @@ from ..weights import (
     read_checkpoint,
     read_tensors,
     replacing,
+    unloaded,
     write_checkpoint,
 )
 
@@ -30,7 +31,12 @@ logger = logging.getLogger(__name__)
 
 
 def load_init_checkpoint(
-    model: nn.Module, path: str, *, allow_pickle: bool = False, allow_partial: bool = False
+    model: nn.Module,
+    path: str,
+    *,
+    whole: bool = False,
+    allow_pickle: bool = False,
+    allow_partial: bool = False,
 ) -> str:
     """Start a detector from weights: its own, or those of its backbone's source model alone.
 
@@ -42,6 +48,8 @@ def load_init_checkpoint(
         model: a detector, or any module.
         path: see :func:`detbackbones.weights.read_tensors`; with ``allow_pickle`` also detectron2's
             ``.pkl`` files and model-zoo addresses.
+        whole: refuse a file that leaves a weight of the detector as it was drawn, but for those
+            that detectron2 reads.
         allow_pickle: let detectron2 read ``.pkl`` files, which can execute any code.
         allow_partial: take a file that has less than half of a backbone.
 
@@ -50,8 +58,8 @@ def load_init_checkpoint(
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if the file is bad, no tensor fits, less than half of a backbone's do, or
-            several parts of the file fit.
+        ValueError: if the file is bad, no tensor fits, less than half of a backbone's do, several
+            parts of the file fit, or one that must be whole is not.
     """
     if path.endswith(".pkl") or "://" in path:
         if not allow_pickle:
@@ -67,6 +75,13 @@ def load_init_checkpoint(
     except ValueError as error:
         raise ValueError(f"init_checkpoint={path!r} cannot be taken: {error}") from error
     loaded, wanting = match.loaded, match.wanting
+    own = model.state_dict()
+    missing = [*wanting, *unloaded(_outside(match.backbones, own), match.others)]
+    if whole and missing:
+        raise ValueError(
+            f"checkpoint {path!r} is not of this model: {len(missing)} of the model's {len(own)} "
+            f"tensors are missing in it or of another shape ({missing[0]}, ...)"
+        )
     its_own = f"its own are {', '.join(list(tensors)[:3])}, ..."
     if not match.others and not loaded:
         raise ValueError(

@@ -109,10 +109,8 @@ def evaluate(cfg: DictConfig) -> Results:
     with logging_to(folder):
         model = build_model(cfg, loads_all=True)
         checkpointer = Checkpointer(model, folder, save_to_disk=False)
-        if init and not cfg.train.allow_pickle:
-            check_fit(model, init)
         file = None if init else _last_checkpoint(folder)
-        load_weights(cfg, checkpointer, file)
+        load_weights(cfg, checkpointer, file, whole=True)
         if not (file or init):
             raise FileNotFoundError(
                 f"there is nothing to evaluate: train.output_dir={folder} holds no checkpoint, and "
@@ -309,13 +307,16 @@ def _last_checkpoint(folder: str) -> str | None:
     return file
 
 
-def load_weights(cfg: DictConfig, checkpointer: Checkpointer, file: str | None) -> None:
+def load_weights(
+    cfg: DictConfig, checkpointer: Checkpointer, file: str | None, *, whole: bool = False
+) -> None:
     """Load a checkpoint of the run, or else ``train.init_checkpoint`` where it is set.
 
     Args:
         cfg: the config.
         checkpointer: of the model.
         file: the checkpoint.
+        whole: no weight may stay as it was drawn.
 
     Raises:
         FileNotFoundError: if a file does not exist.
@@ -329,6 +330,7 @@ def load_weights(cfg: DictConfig, checkpointer: Checkpointer, file: str | None) 
         load_init_checkpoint(
             checkpointer.model,
             init,
+            whole=whole,
             allow_pickle=cfg.train.allow_pickle,
             allow_partial=cfg.train.allow_partial,
         )

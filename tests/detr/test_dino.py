@@ -466,12 +466,14 @@ def test_weights_of_other_programs(tmp_path, program):
     state = another_programs(program, source)
     torch.save({"model": state, "optimizer": {}}, tmp_path / "dino.pth")
     model = detector(seed=2, **positions)
-    report = load_init_checkpoint(model, str(tmp_path / "dino.pth"))
+    report = load_init_checkpoint(model, str(tmp_path / "dino.pth"), whole=True)
     own, expected = model.state_dict(), source.state_dict()
     assert [key for key in own if not torch.equal(own[key], expected[key])] == []
     assert report.endswith("; 0 of the tensors there are not used"), report
 
     other = detector(seed=2, num_classes=7, **positions)
+    with pytest.raises(ValueError, match="dino.pth' is not of this model: 7 of .*label_embed"):
+        load_init_checkpoint(other, str(tmp_path / "dino.pth"), whole=True)
     untouched = {key: value.clone() for key, value in other.state_dict().items()}
     load_init_checkpoint(other, str(tmp_path / "dino.pth"))
     for key, value in other.state_dict().items():
