@@ -42,6 +42,7 @@ class Architecture:
             of the pixels), else of each image's own size.
         loss_weights: prefixes of the names of losses to the attributes of the configuration with
             their weights (a number is one itself), where the losses come without.
+        masks: it has a model that gives masks, too.
     """
 
     strides: tuple[int, ...]
@@ -54,6 +55,7 @@ class Architecture:
     processor: str = "DeformableDetrImageProcessor"
     padded_boxes: bool = False
     loss_weights: tuple[tuple[str, str | float], ...] = ()
+    masks: bool = False
 
 
 _HYBRID = Architecture(
@@ -72,6 +74,10 @@ _WEIGHTS = (
 )
 
 _CLASS_WEIGHTS = (("loss_ce", "class_loss_coefficient"), *_WEIGHTS[1:])
+_MASK_WEIGHTS = (
+    ("loss_mask_ce", "mask_class_loss_coefficient"),
+    ("loss_mask_dice", "mask_dice_loss_coefficient"),
+)
 
 # by model_type, as transformers.AutoConfig knows them
 ARCHITECTURES = {
@@ -84,7 +90,11 @@ ARCHITECTURES = {
         (16,), vit="lw_detr_vit", slot="model.backbone.backbone", loss_weights=_CLASS_WEIGHTS
     ),
     "rf_detr": Architecture(
-        (16,), vit="rf_detr_dinov2", slot="model.backbone.backbone", loss_weights=_CLASS_WEIGHTS
+        (16,),
+        vit="rf_detr_dinov2",
+        slot="model.backbone.backbone",
+        loss_weights=(*_CLASS_WEIGHTS, *_MASK_WEIGHTS),
+        masks=True,
     ),
     "deformable_detr": Architecture((8, 16, 32), loss_weights=_WEIGHTS),
     "detr": Architecture(
@@ -387,7 +397,7 @@ def _fewest_positions(config: "PreTrainedConfig") -> int:
 
 
 def build_model(
-    config: "PreTrainedConfig", backbone: Backbone, names: Sequence[str]
+    config: "PreTrainedConfig", backbone: Backbone, names: Sequence[str], *, masks: bool = False
 ) -> "PreTrainedModel":
     """A model of transformers with random weights, a backbone in the place of its own.
 
@@ -395,11 +405,11 @@ def build_model(
         config: see :func:`build_config`.
         backbone: gives the feature maps; it does not become a submodule.
         names: of its levels, fine to coarse.
+        masks: of a detector, the model that gives masks, too.
     """
-    transformers = import_transformers()
-    wanted = _ALL[config.model_type]
-    segments = config.model_type in SEGMENTERS
-    kind = "UniversalSegmentation" if segments else "ObjectDetection"
+    transformers, wanted = import_transformers(), _ALL[config.model_type]
+    kind = "UniversalSegmentation" if config.model_type in SEGMENTERS else "ObjectDetection"
+    kind = "InstanceSegmentation" if masks else kind
     model = getattr(transformers, f"AutoModelFor{kind}").from_config(config)
     encoder = BackboneEncoder(
         backbone,
@@ -417,7 +427,8 @@ def encoder_name(model: "PreTrainedModel") -> str:
     It is the convolution encoder, or the backbone in it.
     """
     if slot := _ALL[model.config.model_type].slot:
-        return slot
+        # a model that gives masks has the detector in it
+        return f"model.{slot}" if type(model).__name__.endswith("InstanceSegmentation") else slot
     kinds = {name: type(module).__name__ for name, module in model.named_modules()}
     ends = ("ConvEncoder", BackboneEncoder.__name__)
     return next(name for name, kind in kinds.items() if kind.endswith(ends))

@@ -7,14 +7,14 @@ from typing import Any
 import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.modeling import META_ARCH_REGISTRY, Backbone, build_backbone
-from detectron2.modeling.postprocessing import detector_postprocess
+from detectron2.modeling.postprocessing import detector_postprocess, sem_seg_postprocess
 from detectron2.structures import Boxes, ImageList, Instances
 from torchvision.ops import box_convert
 
 from ..messages import one_of, whole_number
 from .architectures import ARCHITECTURES, build_config, build_model, choose_levels
 from .dino_names import from_other_programs
-from .images import NormalizesImages, images_and_mask
+from .images import NormalizesImages, images_and_mask, true_masks, upsampled
 from .pretrained import load_pretrained, read_config, save_pretrained
 
 logger = logging.getLogger(__name__)
@@ -38,6 +38,7 @@ class TransformersDetector(NormalizesImages):
         in_features: Sequence[str] | None = None,
         config_kwargs: Mapping[str, Any] | None = None,
         pretrained_detector: str = "",
+        masks: bool = False,
         pixel_mean: Sequence[float] | None = None,
         pixel_std: Sequence[float] | None = None,
         test_topk_per_image: int = 100,
@@ -58,6 +59,7 @@ class TransformersDetector(NormalizesImages):
                 architecture: ``{"decoder_layers": 3}``.
             pretrained_detector: a name on the Hugging Face hub or a folder: start from this
                 detector's configuration, and from those of its weights that fit.
+            masks: learn and give masks, too; of "rf_detr" alone.
             pixel_mean, pixel_std: of the images' channels, 0 to 255; None is for those that the
                 backbone's weights were trained with.
             test_topk_per_image: detections to keep for an image.
@@ -80,6 +82,9 @@ class TransformersDetector(NormalizesImages):
                 f"architecture={architecture!r} is not that of pretrained_detector="
                 f"{pretrained_detector!r}, which is {base.model_type!r}"
             )
+        if masks and not ARCHITECTURES[architecture].masks:
+            able = ", ".join(repr(name) for name, has in ARCHITECTURES.items() if has.masks)
+            raise ValueError(f"masks=True is of {able} alone, not of {architecture!r}")
         names = choose_levels(architecture, backbone, in_features)
         shapes = [backbone.output_shape()[name] for name in names]
         config = build_config(architecture, shapes, num_classes, num_queries, config_kwargs, base)
@@ -88,7 +93,8 @@ class TransformersDetector(NormalizesImages):
         self.num_classes = num_classes
         self.in_features = names
         self.test_topk_per_image = test_topk_per_image
-        self.detr = build_model(config, backbone, names)
+        self.masks = masks
+        self.detr = build_model(config, backbone, names, masks=masks)
         if pretrained_detector:
             logger.info(load_pretrained(self.detr, backbone, pretrained_detector))
 
@@ -110,13 +116,15 @@ class TransformersDetector(NormalizesImages):
         """
         Args:
             batched_inputs: for each image a dict with ``image``, an RGB tensor (C, H, W) of 0 to
-                255; in training with ``instances``, detectron2's Instances with ``gt_boxes`` and
-                ``gt_classes``; else with ``height`` and ``width``, which the boxes are scaled to.
+                255; in training with ``instances``, detectron2's Instances with ``gt_boxes``,
+                ``gt_classes`` and, if masks are learned, ``gt_masks``; else with ``height`` and
+                ``width``, which the boxes are scaled to.
 
         Returns:
             in training a dict of weighted losses, whose sum is the loss that transformers has;
             else for each image a dict with ``instances``: ``pred_boxes``, ``scores`` and
-            ``pred_classes``, the best first.
+            ``pred_classes``, the best first, and with masks ``pred_masks``, bits of the original
+            image's size.
         """
         if not self.training:
             return self._inference(batched_inputs)
@@ -126,6 +134,9 @@ class TransformersDetector(NormalizesImages):
             **images_and_mask(images), labels=self.prepare_targets(images, instances)
         )
         losses = self._weighted(outputs.loss_dict)
+        if self.masks and not any(map(len, instances)):  # transformers gives empty tensors
+            nothing = 0 * outputs.pred_masks.sum()
+            losses |= {key: nothing for key in losses if "mask" in key}
         embed = getattr(getattr(self.detr, "model", None), "denoising_class_embed", None)
         if embed is not None and not any(map(len, instances)):
             # Without a box there are no denoising queries. A process has the losses and gradients
@@ -156,13 +167,15 @@ class TransformersDetector(NormalizesImages):
         """The labels that transformers takes: ``class_labels``, and ``boxes`` as cx, cy, w, h.
 
         Boxes are fractions of the padded images or of each image's own size, as the architecture
-        has it.
+        has it. Masks are those of the padded images.
         """
         labels = []
         for (height, width), x in zip(self._frames(images), instances):
             scale = x.gt_boxes.tensor.new_tensor([width, height, width, height])
             boxes = box_convert(x.gt_boxes.tensor / scale, "xyxy", "cxcywh")
             labels.append({"class_labels": x.gt_classes, "boxes": boxes})
+            if self.masks:
+                labels[-1]["masks"] = true_masks(x, images.tensor.shape[-2:])
         return labels
 
     def _weighted(self, losses: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -177,16 +190,22 @@ class TransformersDetector(NormalizesImages):
         for indices, images in self.groups_of_one_size(batched_inputs):
             outputs = self.detr(**images_and_mask(images))
             detections = self._detections(images, outputs.logits, outputs.pred_boxes)
-            for i, found in zip(indices, detections):
-                height = batched_inputs[i].get("height", found.image_size[0])
-                width = batched_inputs[i].get("width", found.image_size[1])
-                results[i] = {"instances": detector_postprocess(found, height, width)}
+            for n, (i, found) in enumerate(zip(indices, detections)):
+                size = found.image_size
+                height = batched_inputs[i].get("height", size[0])
+                width = batched_inputs[i].get("width", size[1])
+                found = detector_postprocess(found, height, width)
+                if self.masks:
+                    logits = upsampled(outputs.pred_masks[n, found.queries].float(), images)
+                    found.pred_masks = sem_seg_postprocess(logits, size, height, width) > 0
+                found.remove("queries")
+                results[i] = {"instances": found}
         return [results[i] for i in range(len(batched_inputs))]
 
     def _detections(
         self, images: ImageList, logits: torch.Tensor, boxes: torch.Tensor
     ) -> list[Instances]:
-        """The best pairs of query and class.
+        """The best pairs of query and class, with the number of the query.
 
         A query may be there for several classes, but of a softmax for its best alone.
         """
@@ -201,8 +220,9 @@ class TransformersDetector(NormalizesImages):
             self._frames(images), images.image_sizes, probabilities, boxes.float()
         ):
             best, index = scores.flatten().topk(min(self.test_topk_per_image, count))
-            xyxy = box_convert(cxcywh[index // self.num_classes], "cxcywh", "xyxy")
             found = Instances(size)
+            found.queries = index // self.num_classes
+            xyxy = box_convert(cxcywh[found.queries], "cxcywh", "xyxy")
             found.pred_boxes = Boxes(xyxy * xyxy.new_tensor([*frame[::-1], *frame[::-1]]))
             found.scores = best
             found.pred_classes = index % self.num_classes

@@ -5,11 +5,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from detectron2.modeling import Backbone
-from detectron2.structures import ImageList
+from detectron2.structures import BitMasks, ImageList, Instances, PolygonMasks
 from torch import nn
 
 from ..backbones.feature_backbone import FeatureBackbone
+from ..data.images import ImageError
 
 
 class NormalizesImages(nn.Module):
@@ -83,6 +85,37 @@ def images_and_mask(images: ImageList) -> dict[str, torch.Tensor]:
     for i, (h, w) in enumerate(images.image_sizes):
         mask[i, :h, :w] = 1
     return {"pixel_values": images.tensor, "pixel_mask": mask}
+
+
+def true_masks(instances: Instances, size: tuple[int, int]) -> torch.Tensor:
+    """The true masks of an image, bits (n, height, width).
+
+    Args:
+        instances: with ``gt_masks``, polygons or bits, unless there are none.
+        size: (height, width) that the image is padded to.
+
+    Raises:
+        ImageError: if there are boxes without masks.
+    """
+    height, width = instances.image_size
+    padded = torch.zeros(
+        len(instances), *size, dtype=torch.bool, device=instances.gt_classes.device
+    )
+    if not len(instances):
+        return padded
+    if not instances.has("gt_masks"):
+        raise ImageError("masks cannot be learned: an image has boxes alone")
+    masks = instances.gt_masks
+    if isinstance(masks, PolygonMasks):
+        masks = BitMasks.from_polygon_masks(masks, height, width)
+    padded[:, :height, :width] = masks.tensor
+    return padded
+
+
+def upsampled(masks: torch.Tensor, images: ImageList) -> torch.Tensor:
+    """Maps (n, h, w) of a padded image, of the padded images' size."""
+    size = images.tensor.shape[-2:]
+    return F.interpolate(masks[None], size, mode="bilinear", align_corners=False)[0]
 
 
 def _backbones_own(backbone: Backbone, key: str) -> Sequence[float]:

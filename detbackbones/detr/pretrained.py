@@ -93,9 +93,7 @@ def load_pretrained(model: "PreTrainedModel", backbone: Backbone, name: str) -> 
         the report, one line.
     """
     with _reading(name):
-        source = import_transformers().AutoModelForObjectDetection.from_pretrained(
-            name, use_safetensors=True
-        )
+        source = type(model).from_pretrained(name, use_safetensors=True)
     prefix = f"{encoder_name(source)}."
     state = source.state_dict()
     rest = {key: value for key, value in state.items() if not key.startswith(prefix)}
@@ -202,7 +200,7 @@ def save_pretrained(
         settings["id2label"] = dict(enumerate(class_names))
         settings["label2id"] = {name: i for i, name in enumerate(class_names)}
     config = type(detr.config).from_dict(settings)
-    model = transformers.AutoModelForObjectDetection.from_config(config)
+    model = type(detr)(config)
     encoder = model.get_submodule(encoder_name(model))
     timm_model = getattr(encoder, "model", encoder)  # of a convolution encoder, or it is the slot
     timm_model = getattr(timm_model, "_backbone", timm_model)

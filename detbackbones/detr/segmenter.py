@@ -7,12 +7,11 @@ import torch
 import torch.nn.functional as F
 from detectron2.modeling import Backbone
 from detectron2.modeling.postprocessing import sem_seg_postprocess
-from detectron2.structures import BitMasks, Instances, PolygonMasks
+from detectron2.structures import BitMasks, Instances
 
-from ..data.images import ImageError
 from ..messages import one_of, whole_number
 from .architectures import SEGMENTERS, build_config, build_model, choose_levels, import_transformers
-from .images import NormalizesImages
+from .images import NormalizesImages, true_masks, upsampled
 
 TASKS = ("instance", "semantic", "panoptic")
 IGNORE_LABEL = 255
@@ -137,7 +136,7 @@ class TransformersSegmenter(NormalizesImages):
         if self.task != "semantic":
             instances = image["instances"].to(self.device)
             classes.append(instances.gt_classes)
-            masks.append(_bits(instances))
+            masks.append(true_masks(instances, size))
         if self.task != "instance":
             label_map = image["sem_seg"].to(self.device)
             found = label_map.unique()
@@ -146,11 +145,10 @@ class TransformersSegmenter(NormalizesImages):
             if self.task == "panoptic":
                 found, first = found[found > 0], self.num_things - 1  # stuff is counted from 1
             classes.append(found.long() + first)
-            masks.append(label_map == found[:, None, None])
-        padded = masks[0].new_zeros(sum(map(len, masks)), *size)
-        height, width = masks[0].shape[-2:]
-        torch.cat(masks, out=padded[:, :height, :width])
-        return torch.cat(classes), padded
+            (height, width), (padded_height, padded_width) = label_map.shape, size
+            margin = (0, padded_width - width, 0, padded_height - height)
+            masks.append(F.pad(label_map == found[:, None, None], margin))
+        return torch.cat(classes), torch.cat(masks)
 
     def _inference(self, batched_inputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
         give = {
@@ -169,9 +167,7 @@ class TransformersSegmenter(NormalizesImages):
             ):
                 height = batched_inputs[i].get("height", size[0])
                 width = batched_inputs[i].get("width", size[1])
-                masks = F.interpolate(
-                    masks[None], images.tensor.shape[-2:], mode="bilinear", align_corners=False
-                )[0]
+                masks = upsampled(masks, images)
                 masks = sem_seg_postprocess(masks, size, height, width).sigmoid()
                 with torch.autocast(self.device.type, enabled=False):
                     results[i] = give(logits.softmax(-1)[:, :-1], masks)
@@ -233,20 +229,3 @@ class TransformersSegmenter(NormalizesImages):
                     stuff_ids[category] = number
             segments[segment] = number
         return result
-
-
-def _bits(instances: Instances) -> torch.Tensor:
-    """The true masks, bits (n, H, W).
-
-    Raises:
-        ImageError: if there are boxes without masks.
-    """
-    height, width = instances.image_size
-    if not instances.has("gt_masks"):
-        if len(instances):
-            raise ImageError("Mask2Former must have masks to learn, and an image has boxes alone")
-        return torch.zeros(0, height, width, dtype=torch.bool, device=instances.gt_classes.device)
-    masks = instances.gt_masks
-    if isinstance(masks, PolygonMasks):
-        masks = BitMasks.from_polygon_masks(masks, height, width)
-    return masks.tensor.to(instances.gt_classes.device)

@@ -21,18 +21,20 @@ from detbackbones.detr.pretrained import timm_backbone_name, timm_keys
 from detectron2.config import get_cfg
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import Backbone, build_model
-from detectron2.structures import Boxes, Instances
+from detectron2.structures import BitMasks, Boxes, Instances
 from support import TOOLS, assert_close, images, randomise
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
+    AutoModelForInstanceSegmentation,
     AutoModelForObjectDetection,
     ResNetConfig,
     TimmBackboneConfig,
 )
 
 SMALL = {"decoder_layers": 2, "encoder_layers": 1}
-VITS = ["lw_detr", "rf_detr"]  # they take levels of one stride
+VITS = ["lw_detr", "rf_detr", "rf_detr with masks"]  # they take levels of one stride
+EVERY = [*ARCHITECTURES, VITS[-1]]
 NOWHERE = "detbackbones/there-is-no-such-detector"
 
 
@@ -43,7 +45,15 @@ def detector(architecture="rt_detr_v2", backbone="resnet18", seed=0, **kwargs):
         backbone = TimmBackbone(backbone, out_features=["res4"] if vit else None)
     small = {"decoder_layers": 2, "group_detr": 3} if vit else SMALL
     kwargs = {"num_classes": 3, "num_queries": 20, "config_kwargs": small} | kwargs
+    if architecture == VITS[-1]:
+        architecture, kwargs["masks"] = "rf_detr", True
     return TransformersDetector(architecture=architecture, backbone=backbone, **kwargs)
+
+
+def rectangle(box, height, width):
+    """The pixels (height, width) that have their centre in a box."""
+    x, y = torch.arange(width) + 0.5, (torch.arange(height) + 0.5)[:, None]
+    return (box[0] < x) & (x < box[2]) & (box[1] < y) & (y < box[3])
 
 
 def batch(*sizes, boxes=2, seed=0):
@@ -55,6 +65,9 @@ def batch(*sizes, boxes=2, seed=0):
         instances = Instances((height, width))
         instances.gt_boxes = Boxes(corners * torch.tensor([width, height, width, height]))
         instances.gt_classes = torch.arange(boxes) % 3
+        if boxes:
+            masks = [rectangle(box, height, width) for box in instances.gt_boxes]
+            instances.gt_masks = BitMasks(torch.stack(masks))
         image = torch.randint(0, 256, (3, height, width), generator=generator).byte()
         inputs.append({"image": image, "instances": instances, "height": height, "width": width})
     return inputs
@@ -138,8 +151,9 @@ class Wrapped(Backbone):
 def test_on_its_own_vit_it_equals_the_model_of_transformers(architecture):
     """Losses and outputs, with the same weights, and several maps of the ViT."""
     torch.manual_seed(0)
+    name, masks = architecture.removesuffix(" with masks"), " with masks" in architecture
     vit = AutoConfig.for_model(
-        ARCHITECTURES[architecture].vit,
+        ARCHITECTURES[name].vit,
         hidden_size=32,
         num_hidden_layers=3,
         num_attention_heads=2,
@@ -150,16 +164,15 @@ def test_on_its_own_vit_it_equals_the_model_of_transformers(architecture):
     )
     scales = {"projector_scale_factors": [2.0, 0.5]} if architecture == "lw_detr" else {}
     small = {"decoder_layers": 2, "group_detr": 3, "dropout": 0.0, **scales}
-    config = AutoConfig.for_model(
-        architecture, backbone_config=vit, num_labels=3, num_queries=20, **small
-    )
-    theirs = AutoModelForObjectDetection.from_config(config).train()
+    config = AutoConfig.for_model(name, backbone_config=vit, num_labels=3, num_queries=20, **small)
+    kind = AutoModelForInstanceSegmentation if masks else AutoModelForObjectDetection
+    theirs = kind.from_config(config).train()
     for parameter in theirs.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     pixels = {"pixel_mean": [120.0] * 3, "pixel_std": [60.0] * 3}
     ours = detector(
         architecture,
-        Wrapped(theirs.model.backbone.backbone, 32, 16, 2),
+        Wrapped(theirs.get_submodule(encoder_name(theirs)), 32, 16, 2),
         config_kwargs=small,
         in_features=["p0", "p1"],
         **pixels,
@@ -169,7 +182,9 @@ def test_on_its_own_vit_it_equals_the_model_of_transformers(architecture):
     inputs = batch((128, 128), (128, 128))
     prepared = ours.preprocess_image(inputs)
     labels = ours.prepare_targets(prepared, [x["instances"] for x in inputs])
+    torch.manual_seed(1)  # of the points of masks
     losses = ours(inputs)
+    torch.manual_seed(1)
     expected = theirs(**images_and_mask(prepared), labels=labels)
     torch.testing.assert_close(sum(losses.values()), expected.loss, rtol=1e-5, atol=0)
     with torch.no_grad():
@@ -177,6 +192,9 @@ def test_on_its_own_vit_it_equals_the_model_of_transformers(architecture):
     assert_close(got.logits, expected.logits)
     assert_close(got.pred_boxes, expected.pred_boxes)
     assert got.logits.std() > 1e-3
+    if masks:
+        assert_close(got.pred_masks, expected.pred_masks)
+        assert len([key for key in losses if "mask" in key]) == 6  # two layers, and the proposals
 
 
 @pytest.mark.parametrize("architecture", VITS)
@@ -187,7 +205,7 @@ def test_levels_that_are_not_taken_are_refused(architecture):
         detector(architecture, TimmBackbone("test_resnet"), in_features=["res4", "res5"])
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", EVERY)
 def test_losses_are_named_and_add_up_to_that_of_transformers(architecture):
     model, inputs = detector(architecture), batch((96, 128), (64, 96))
     torch.manual_seed(1)
@@ -203,7 +221,7 @@ def test_losses_are_named_and_add_up_to_that_of_transformers(architecture):
     assert [k for k, p in model.named_parameters() if p.requires_grad and p.grad is None] == []
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", EVERY)
 def test_a_batch_without_a_box_trains_every_parameter(architecture):
     model = detector(architecture)
     losses = model(batch((96, 128), (64, 96), boxes=0))
@@ -212,7 +230,7 @@ def test_a_batch_without_a_box_trains_every_parameter(architecture):
     assert [k for k, p in model.named_parameters() if p.requires_grad and p.grad is None] == []
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", EVERY)
 def test_boxes_come_back_from_what_the_model_learns(architecture):
     """Targets given as predictions are the boxes that the targets were made from."""
     model, inputs = detector(architecture), batch((128, 96), (64, 160))
@@ -220,7 +238,7 @@ def test_boxes_come_back_from_what_the_model_learns(architecture):
     for i, label in enumerate(model.prepare_targets(prepared, [x["instances"] for x in inputs])):
         logits = 10.0 * torch.nn.functional.one_hot(label["class_labels"], 3) - 5
         logits[0, 0] += 1  # the first box is the best
-        if ARCHITECTURES[architecture].no_object:
+        if ARCHITECTURES[model.architecture].no_object:
             logits = torch.nn.functional.pad(logits, (0, 1))
         found = model._detections(
             prepared, logits.expand(2, -1, -1), label["boxes"].expand(2, -1, -1)
@@ -256,7 +274,7 @@ def test_deformable_queries_look_into_the_image_itself():
     assert weight[64:128].sum() > weight[:64].sum() > weight[192:].sum()
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", EVERY)
 def test_what_is_beside_an_image_does_not_change_its_boxes(architecture):
     model = detector(architecture).eval()
     small, large, same = batch((90, 120), (160, 224), (96, 128))
@@ -283,6 +301,31 @@ def test_boxes_are_in_the_original_image():
     scaled = first.pred_boxes.tensor * torch.tensor([3, 2, 3, 2])
     torch.testing.assert_close(second.pred_boxes.tensor, scaled)
     assert first.pred_boxes.tensor[:, 2].max() <= 128 and first.pred_boxes.tensor.min() >= 0
+
+
+def test_masks_are_in_the_original_image():
+    """Those of transformers at the size that the model sees, and the same at another."""
+    model, (image,) = randomise(detector("rf_detr with masks")).eval(), batch((128, 96))
+    with torch.no_grad():
+        found, large = (
+            model([image | {"height": 128 * n, "width": 96 * n}])[0]["instances"] for n in (1, 2)
+        )
+        outputs = model.detr(**images_and_mask(model.preprocess_image([image])))
+    (expected,) = transformers.RfDetrImageProcessor().post_process_instance_segmentation(
+        outputs, threshold=0, target_sizes=[(128, 96)], return_binary_maps=True, top_k=100
+    )
+    assert found.pred_masks.dtype == torch.bool
+    assert torch.equal(found.pred_masks, expected["segmentation"])
+    assert 0.1 < found.pred_masks.float().mean() < 0.9
+    assert large.pred_masks.shape == (len(found), 256, 192)
+    assert (large.pred_masks[:, ::2, ::2] == found.pred_masks).float().mean() > 0.95
+
+
+def test_boxes_alone_are_no_masks():
+    (image,) = batch((64, 96))
+    image["instances"].remove("gt_masks")
+    with pytest.raises(ValueError, match="masks cannot be learned: an image has boxes alone"):
+        detector("rf_detr with masks")([image])
 
 
 BACKBONES = {
@@ -348,6 +391,7 @@ WRONG = {
     "typo": (dict(config_kwargs={"decoder_layer": 2}), "'decoder_layer'.*'decoder_layers'"),
     "computed": (dict(config_kwargs={"num_labels": 2}), "'num_labels', which follows"),
     "value": (dict(config_kwargs={"decoder_layers": "x"}), "are refused: "),
+    "masks": (dict(masks=True), "masks=True is of 'rf_detr' alone, not of 'rt_detr_v2'"),
     "no folder": (dict(pretrained_detector=str(TOOLS)), "no folder of a detector"),
 }
 
@@ -541,7 +585,7 @@ def test_yacs():
     assert all(loss.isfinite() for loss in model(batch((64, 96))).values())
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", EVERY)
 def test_mixed_precision(architecture):
     model, inputs = detector(architecture), batch((96, 128))
     with torch.autocast("cpu", torch.bfloat16):

@@ -304,5 +304,5 @@ def test_wrong_arguments_are_refused_in_a_sentence(kwargs, sentence):
 def test_boxes_alone_are_refused():
     (image,) = batch((64, 96))
     image["instances"].remove("gt_masks")
-    with pytest.raises(ValueError, match="must have masks to learn, and an image has boxes alone"):
+    with pytest.raises(ValueError, match="masks cannot be learned: an image has boxes alone"):
         segmenter()([image])
