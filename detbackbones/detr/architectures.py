@@ -17,7 +17,7 @@ from ..backbones.feature_backbone import FeatureBackbone
 from ..config import plain_dict
 from ..data.images import ImageError
 from ..measure.levels import select_levels
-from ..messages import nearest
+from ..messages import first_line, nearest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -406,11 +406,21 @@ def build_model(
         backbone: gives the feature maps; it does not become a submodule.
         names: of its levels, fine to coarse.
         masks: of a detector, the model that gives masks, too.
+
+    Raises:
+        ValueError: if transformers cannot build it, such as with a width that its heads do not
+            divide.
     """
     transformers, wanted = import_transformers(), _ALL[config.model_type]
     kind = "UniversalSegmentation" if config.model_type in SEGMENTERS else "ObjectDetection"
     kind = "InstanceSegmentation" if masks else kind
-    model = getattr(transformers, f"AutoModelFor{kind}").from_config(config)
+    try:
+        model = getattr(transformers, f"AutoModelFor{kind}").from_config(config)
+    except Exception as error:  # it may assert, divide by zero, or fail in torch
+        raise ValueError(
+            f"config_kwargs: transformers cannot build {config.model_type!r} with them: "
+            f"{first_line(error)}"
+        ) from error
     encoder = BackboneEncoder(
         backbone,
         names,

@@ -76,6 +76,8 @@ class DinoConfig(DeformableDetrConfig):
             raise ValueError(
                 f"position_embedding_type={self.position_embedding_type!r} must be 'sine' in DINO"
             )
+        if self.two_stage_num_proposals != DeformableDetrConfig.two_stage_num_proposals:
+            raise ValueError("two_stage_num_proposals must be left out in DINO: it is num_queries")
         for key in ("encoder_layers", "position_temperature"):
             if getattr(self, key) <= 0:
                 raise ValueError(f"{key}={getattr(self, key)} must be more than 0")

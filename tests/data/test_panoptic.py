@@ -105,14 +105,15 @@ def test_it_is_what_its_definition_says(seed):
 
 @pytest.fixture
 def dataset(tmp_path):
-    """One image: a thing of number 300 in stuff of number 70000."""
+    """Two images: a thing of number 300 in stuff of number 70000."""
     ids = np.full((4, 6), 70_000)
     ids[1:3, 1:3] = 300
     colours = np.stack([ids % 256, ids // 256 % 256, ids // 256**2], 2).astype(np.uint8)
     Image.fromarray(colours).save(tmp_path / "a.png")
     segments = [{"id": 300, "category_id": 18}, {"id": 70_000, "category_id": 119}]
-    annotation = {"image_id": 5, "file_name": "a.png", "segments_info": segments}
-    (tmp_path / "p.json").write_text(json.dumps({"annotations": [annotation]}))
+    annotation = {"file_name": "a.png", "segments_info": segments}
+    annotations = [{"image_id": i, **annotation} for i in (5, 6)]
+    (tmp_path / "p.json").write_text(json.dumps({"annotations": annotations}))
     MetadataCatalog.get("panoptic_example").set(
         panoptic_json=str(tmp_path / "p.json"),
         panoptic_root=str(tmp_path),
@@ -123,16 +124,18 @@ def dataset(tmp_path):
     MetadataCatalog.remove("panoptic_example")
 
 
+FOUND = torch.full((4, 6), 2, dtype=torch.int32)
+FOUND[1:3, 1:4] = 1
+SEGMENTS = [
+    {"id": 1, "isthing": True, "category_id": 1, "score": 0.9},
+    {"id": 2, "isthing": False, "category_id": 3, "score": 0.9},
+]
+
+
 def test_the_evaluator(dataset, tmp_path):
     evaluator = PanopticEvaluator(dataset)
     evaluator.reset()
-    found = torch.full((4, 6), 2, dtype=torch.int32)
-    found[1:3, 1:4] = 1
-    segments = [
-        {"id": 1, "isthing": True, "category_id": 1, "score": 0.9},
-        {"id": 2, "isthing": False, "category_id": 3, "score": 0.9},
-    ]
-    evaluator.process([{"image_id": 5}], [{"panoptic_seg": (found, segments)}])
+    evaluator.process([{"image_id": 5}], [{"panoptic_seg": (FOUND, SEGMENTS)}])
     metrics = evaluator.evaluate()["panoptic_seg"]
     assert metrics["PQ_th"] == pytest.approx(100 * 4 / 6)
     assert metrics["PQ_st"] == pytest.approx(100 * 18 / 20)
@@ -140,3 +143,30 @@ def test_the_evaluator(dataset, tmp_path):
     (tmp_path / "p.json").unlink()
     with pytest.raises(FileNotFoundError, match="must have its segments in '.*p.json'"):
         PanopticEvaluator(dataset)
+
+
+def evaluate_an_image(rank, dataset, folder):
+    """Each process finds one thing, the second where none is, and the first stuff besides."""
+    file = (folder / "rendezvous").as_uri()
+    torch.distributed.init_process_group("gloo", file, rank=rank, world_size=2)
+    evaluator = PanopticEvaluator(dataset)
+    evaluator.reset()
+    outputs = [(FOUND, SEGMENTS), (FOUND.roll(3, 1), SEGMENTS[:1])]
+    evaluator.process([{"image_id": 5 + rank}], [{"panoptic_seg": outputs[rank]}])
+    (folder / f"{rank}.json").write_text(json.dumps(evaluator.evaluate()))
+    torch.distributed.destroy_process_group()
+
+
+def test_what_several_processes_count_is_added(dataset, tmp_path):
+    context = torch.multiprocessing.get_context("fork")  # which keeps the metadata
+    arguments = [(rank, dataset, tmp_path) for rank in range(2)]
+    processes = [context.Process(target=evaluate_an_image, args=args) for args in arguments]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [0, 0]
+    assert json.loads((tmp_path / "1.json").read_text()) is None
+    metrics = json.loads((tmp_path / "0.json").read_text())["panoptic_seg"]
+    assert metrics["PQ_th"] == pytest.approx(100 * (4 / 6) / (1 + 1 / 2 + 1 / 2))
+    assert metrics["PQ_st"] == pytest.approx(100 * (18 / 20) / (1 + 1 / 2))

@@ -257,6 +257,8 @@ def test_five_scales():
         ("position_embedding_type", "learned", "position_embedding_type='learned' must be 'sine'"),
         ("encoder_layers", 0, "encoder_layers=0 must be more than 0"),
         ("position_temperature", 0, "position_temperature=0 must be more than 0"),
+        ("two_stage_num_proposals", 9, "two_stage_num_proposals must be left out in DINO"),
+        ("d_model", 48, "config_kwargs: transformers cannot build 'dino' with them: num_channels"),
     ],
 )
 def test_what_is_not_dino_is_refused(key, value, sentence):
