@@ -72,3 +72,22 @@ def run_main(program, *words):
     except SystemExit as end:
         return end.code or 0
     return 0
+
+
+def assert_checkpoints(build, batch):
+    """A detector with grad_checkpointing has the same gradients, and keeps less for them."""
+    (size, gradients), (smaller, others) = (_a_step(build(on), batch) for on in (False, True))
+    assert smaller < 0.95 * size
+    assert sum(gradient.norm() for gradient in gradients.values()) > 0
+    torch.testing.assert_close(others, gradients)
+
+
+def _a_step(model, batch):
+    """How many numbers a step keeps for the backward pass, and the gradients."""
+    kept = []
+    torch.manual_seed(1)  # of dropout, noise and points
+    hooks = torch.autograd.graph.saved_tensors_hooks
+    with hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+        loss = sum(model(batch((96, 128))).values())
+    loss.backward()
+    return sum(kept), {k: p.grad for k, p in model.named_parameters() if p.requires_grad}

@@ -12,10 +12,12 @@ from detectron2.structures import Boxes, ImageList, Instances
 from torchvision.ops import box_convert
 
 from ..messages import one_of, whole_number
-from .architectures import ARCHITECTURES, build_config, build_model, choose_levels
+from .architectures import ARCHITECTURES, choose_levels
+from .build import build_model, checkpoint_layers
 from .dino_names import from_other_programs
 from .images import NormalizesImages, images_and_mask, true_masks, upsampled
 from .pretrained import load_pretrained, read_config, save_pretrained
+from .settings import build_config
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +41,7 @@ class TransformersDetector(NormalizesImages):
         config_kwargs: Mapping[str, Any] | None = None,
         pretrained_detector: str = "",
         masks: bool = False,
+        grad_checkpointing: bool = False,
         pixel_mean: Sequence[float] | None = None,
         pixel_std: Sequence[float] | None = None,
         test_topk_per_image: int = 100,
@@ -60,6 +63,9 @@ class TransformersDetector(NormalizesImages):
             pretrained_detector: a name on the Hugging Face hub or a folder: start from this
                 detector's configuration, and from those of its weights that fit.
             masks: learn and give masks, too; of "rf_detr" alone.
+            grad_checkpointing: compute what is in the encoder's and decoder's layers again in the
+                backward pass instead of keeping it; not of RT-DETR and its kin. The backbone has
+                one of its own.
             pixel_mean, pixel_std: of the images' channels, 0 to 255; None is for those that the
                 backbone's weights were trained with.
             test_topk_per_image: detections to keep for an image.
@@ -95,6 +101,8 @@ class TransformersDetector(NormalizesImages):
         self.test_topk_per_image = test_topk_per_image
         self.masks = masks
         self.detr = build_model(config, backbone, names, masks=masks)
+        if grad_checkpointing:
+            checkpoint_layers(self.detr)
         if pretrained_detector:
             logger.info(load_pretrained(self.detr, backbone, pretrained_detector))
 

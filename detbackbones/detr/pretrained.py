@@ -16,7 +16,8 @@ from ..backbones.timm_backbone import TimmBackbone
 from ..messages import first_line, nearest
 from ..weights import fitting, unloaded
 from ..weights.downloads import downloading_from_hub
-from .architectures import ARCHITECTURES, encoder_name, import_transformers
+from .architectures import ARCHITECTURES, import_transformers
+from .build import encoder_name
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel

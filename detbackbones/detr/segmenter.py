@@ -10,8 +10,10 @@ from detectron2.modeling.postprocessing import sem_seg_postprocess
 from detectron2.structures import BitMasks, Instances
 
 from ..messages import one_of, whole_number
-from .architectures import SEGMENTERS, build_config, build_model, choose_levels, import_transformers
+from .architectures import SEGMENTERS, choose_levels, import_transformers
+from .build import build_model, checkpoint_layers
 from .images import NormalizesImages, true_masks, upsampled
+from .settings import build_config
 
 TASKS = ("instance", "semantic", "panoptic")
 IGNORE_LABEL = 255
@@ -34,6 +36,7 @@ class TransformersSegmenter(NormalizesImages):
         num_queries: int | None = None,
         in_features: Sequence[str] | None = None,
         config_kwargs: Mapping[str, Any] | None = None,
+        grad_checkpointing: bool = False,
         pixel_mean: Sequence[float] | None = None,
         pixel_std: Sequence[float] | None = None,
         test_topk_per_image: int = 100,
@@ -51,6 +54,8 @@ class TransformersSegmenter(NormalizesImages):
             in_features: the levels to use, by default those of strides 4, 8, 16 and 32. The masks
                 have the stride of the first, the encoder takes the last three.
             config_kwargs: attributes of transformers' configuration: ``{"decoder_layers": 4}``.
+            grad_checkpointing: compute what is in the decoder's layers again in the backward pass
+                instead of keeping it. The backbone has one of its own.
             pixel_mean, pixel_std: of the images' channels, 0 to 255; None is for those that the
                 backbone's weights were trained with.
             test_topk_per_image: instances to keep for an image.
@@ -95,6 +100,8 @@ class TransformersSegmenter(NormalizesImages):
         self.test_topk_per_image = test_topk_per_image
         self.object_score_thresh, self.overlap_thresh = object_score_thresh, overlap_thresh
         self.model = build_model(config, backbone, names)
+        if grad_checkpointing:
+            checkpoint_layers(self.model)
         self.model.criterion = PointLoss(config, self.model.weight_dict)
 
     def forward(self, batched_inputs: list[dict[str, Any]]) -> Any:

@@ -15,14 +15,15 @@ from detbackbones import (
     add_backbone_config,
     build_pyramid,
 )
-from detbackbones.detr.architectures import ARCHITECTURES, encoder_name
+from detbackbones.detr.architectures import ARCHITECTURES
+from detbackbones.detr.build import encoder_name
 from detbackbones.detr.images import images_and_mask
 from detbackbones.detr.pretrained import timm_backbone_name, timm_keys
 from detectron2.config import get_cfg
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import Backbone, build_model
 from detectron2.structures import BitMasks, Boxes, Instances
-from support import TOOLS, assert_close, images, randomise
+from support import TOOLS, assert_checkpoints, assert_close, images, randomise
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -34,6 +35,7 @@ from transformers import (
 
 SMALL = {"decoder_layers": 2, "encoder_layers": 1}
 VITS = ["lw_detr", "rf_detr", "rf_detr with masks"]  # they take levels of one stride
+HYBRID = [name for name in ARCHITECTURES if ARCHITECTURES[name].hybrid]
 EVERY = [*ARCHITECTURES, VITS[-1]]
 NOWHERE = "detbackbones/there-is-no-such-detector"
 
@@ -595,6 +597,15 @@ def test_mixed_precision(architecture):
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
         found = model.eval()(inputs)[0]["instances"]
     assert found.scores.dtype == found.pred_boxes.tensor.dtype == torch.float32
+
+
+@pytest.mark.parametrize("architecture", EVERY)
+def test_grad_checkpointing_gives_the_same_gradients(architecture):
+    if architecture in HYBRID:
+        with pytest.raises(ValueError, match="grad_checkpointing=True must be left out for"):
+            detector(architecture, grad_checkpointing=True)
+        return
+    assert_checkpoints(lambda switch: detector(architecture, grad_checkpointing=switch), batch)
 
 
 def test_the_encoder_is_not_a_second_copy_of_the_backbone():

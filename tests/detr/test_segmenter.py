@@ -11,6 +11,7 @@ from detbackbones import (
 )
 from detbackbones.detr.point_loss import read_bits
 from detectron2.structures import BitMasks, Instances, PolygonMasks
+from support import assert_checkpoints
 from transformers import Mask2FormerForUniversalSegmentation
 from transformers.models.mask2former.modeling_mask2former import sample_point
 
@@ -120,6 +121,11 @@ def test_a_batch_without_a_mask(task):
     assert all(loss.isfinite() for loss in losses.values())
     sum(losses.values()).backward()
     assert without_gradient(model) == []
+
+
+def test_grad_checkpointing_gives_the_same_gradients():
+    wide = SMALL | {"decoder_layers": 6, "dim_feedforward": 512}
+    assert_checkpoints(lambda on: segmenter(grad_checkpointing=on, config_kwargs=wide), batch)
 
 
 BACKBONES = {
