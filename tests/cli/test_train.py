@@ -29,7 +29,7 @@ def words(tiny, output, config="faster_rcnn", *more):
     jsons = [f"dataset.{s}_json={tiny}/{s}.json" for s in ("train", "val")]
     semantic, backbone = config == "semantic_fpn", "model.backbone.bottom_up"
     neck = ["model.backbone.out_channels=32"]
-    if config in ("rt_detr", "mask2former_instance"):
+    if config in ("rt_detr", "dino", "mask2former_instance"):
         backbone = "model.backbone"
         neck = ["model.num_queries=20", "model.config_kwargs.decoder_layers=2"]
     return [
@@ -131,6 +131,8 @@ RESUMED = {
     "worker": ("faster_rcnn", "dataloader.train.num_workers=1"),
     "running mean": ("retinanet",),
     "denoising": ("rt_detr",),
+    "dino": ("dino",),
+    "points of masks": ("mask2former_instance", "model.config_kwargs.train_num_points=50"),
     "bfloat16": ("faster_rcnn", "train.amp.enabled=True"),
     "float16": (
         "semantic_fpn",
@@ -230,7 +232,7 @@ def test_two_processes_evaluate_what_they_write(tiny, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("architecture", ["rt_detr_v2", "deformable_detr", "dino"])
+@pytest.mark.parametrize("architecture", ["rt_detr_v2", "deformable_detr", "dino", "deimv2"])
 def test_a_detr_trains_on_two_processes(tiny, tmp_path, architecture):
     """Each parameter has a gradient in each process, or the second step would fail.
 
