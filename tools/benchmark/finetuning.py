@@ -43,6 +43,10 @@ def settings(iterations: int) -> dict[str, list[str]]:
         "backbone_lr_factor=0.1": ["optimizer.params.backbone_lr_factor=0.1"],
         "layer_decay=0.8": ["optimizer.params.layer_decay=0.8"],
         "lr=5e-4": ["optimizer.lr=5e-4"],
+        "lr=5e-4, backbone_lr_factor=0.1": [
+            "optimizer.lr=5e-4",
+            "optimizer.params.backbone_lr_factor=0.1",
+        ],
         "batches of 1": one,
         "batches of 1, norm=BN, freeze_at=0": [*one, *learning],
         "random, norm=BN, freeze_at=0, lr=5e-4": RANDOM,
