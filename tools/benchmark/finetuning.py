@@ -4,8 +4,8 @@
     python tools/benchmark/finetuning.py masks FOLDER --output output/finetuning
     python tools/benchmark/finetuning.py labels FOLDER --output output/finetuning
 
-FOLDER has train.json, val.json and images/, or for labels images/ and labels/, whose files are
-called train_* and val_*. Each run is a `detbackbones train` whose command is kept beside its
+FOLDER has train.json, val.json and images/, or for labels images/ with files called train_* and
+val_*, and their label maps in labels/. Each run is a `detbackbones train` whose command is kept beside its
 results in runs.jsonl; runs that are there already are not repeated. At the end there are a table
 and a picture of the metric over the images seen, means over the seeds. The backbone is
 tf_efficientnet_lite0 with ImageNet weights of the package index.
@@ -74,11 +74,8 @@ TASKS = {
 def data(task: str, folder: Path) -> list[str]:
     """The settings that name the files."""
     if task == "labels":
-        return [
-            f"dataset.{split}_{kind}={folder}/{kind}/{split}_*"
-            for split in ("train", "val")
-            for kind in ("images", "labels")
-        ]
+        images = [f"dataset.{split}_images={folder}/images/{split}_*" for split in ("train", "val")]
+        return images + [f"dataset.{split}_labels={folder}/labels" for split in ("train", "val")]
     jsons = [f"dataset.{split}_json={folder}/{split}.json" for split in ("train", "val")]
     return jsons + [f"dataset.{split}_images={folder}/images" for split in ("train", "val")]
 
