@@ -133,7 +133,6 @@ def main() -> None:
     length = [
         f"train.seed={args.seed}",
         "train.pictures=4",
-        "optimizer.lr=5e-4",
         f"train.max_iter={args.iterations}",
         f"train.eval_period={max(args.iterations // 2, 1)}",
         f"train.log_period={max(args.iterations // 5, 1)}",

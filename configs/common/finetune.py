@@ -46,7 +46,7 @@ dataloader.test.mapper.augmentations[0].update(
 dataloader.train.update(total_batch_size=4, num_workers=2)
 dataloader.test.num_workers = 2
 
-optimizer.lr = 2e-4
+optimizer.lr = 5e-4
 lr_multiplier = L(WarmupParamScheduler)(
     scheduler=L(CosineParamScheduler)(start_value=1.0, end_value=0.01),
     warmup_length=0.05,  # fraction of train.max_iter

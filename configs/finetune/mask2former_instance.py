@@ -13,6 +13,7 @@ from ..common.models.mask2former import model
 model.num_classes = L(num_classes)(dataset="${dataloader.train.dataset.names}")
 model.config_kwargs.update(encoder_layers=2, decoder_layers=4, train_num_points=4096)
 model.backbone.update(model_name="tf_efficientnet_lite0", in_channels="${dataset.channels}")
+optimizer.lr = 2e-4
 optimizer.params.backbone_lr_factor = 0.1
 
 dataloader.train.mapper.instance_mask_format = "bitmask"  # of polygons and RLE

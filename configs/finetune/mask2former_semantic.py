@@ -7,4 +7,5 @@ from .semantic_fpn import dataloader, dataset, lr_multiplier, optimizer, train  
 model.update(task="semantic", num_classes="${dataset.num_classes}")
 model.config_kwargs.update(encoder_layers=2, decoder_layers=4, train_num_points=4096)
 model.backbone.update(model_name="tf_efficientnet_lite0", in_channels="${dataset.channels}")
+optimizer.lr = 2e-4
 optimizer.params.backbone_lr_factor = 0.1

@@ -374,7 +374,7 @@ def test_a_config_gives_each_part_its_learning_rate_and_decay():
     [
         ("mask_rcnn/timm_convnext_t_fpn_1x.py", 1e-4, 0.05),
         ("mask_rcnn/timm_swin_t_fpn_1x.py", 1e-4, 0.05),
-        ("finetune/faster_rcnn.py", 2e-4, 0.05),
+        ("finetune/faster_rcnn.py", 5e-4, 0.05),
     ],
 )
 def test_configs_with_adamw(name, lr, decay):

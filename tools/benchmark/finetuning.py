@@ -1,13 +1,15 @@
 """What matters when a detector is fine-tuned: one setting at a time is changed, and AP compared.
 
+It is changed from the config with optimizer.lr=2e-4.
+
     python tools/benchmark/finetuning.py boxes FOLDER --output output/finetuning
     python tools/benchmark/finetuning.py masks FOLDER --output output/finetuning
     python tools/benchmark/finetuning.py labels FOLDER --output output/finetuning
 
 FOLDER has train.json, val.json and images/, or for labels images/ with files called train_* and
-val_*, and their label maps in labels/. Each run is a `detbackbones train` whose command is kept beside its
-results in runs.jsonl; runs that are there already are not repeated. At the end there are a table
-and a picture of the metric over the images seen, means over the seeds. The backbone is
+val_*, and their label maps in labels/. Each run is a `detbackbones train` whose command is kept
+beside its results in runs.jsonl; runs that are there already are not repeated. At the end there are
+a table and a picture of the metric over the images seen, means over the seeds. The backbone is
 tf_efficientnet_lite0 with ImageNet weights of the package index.
 """
 
@@ -15,11 +17,13 @@ import argparse
 import statistics
 from pathlib import Path
 
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 from runs import train_all
 from tabulate import tabulate
 
 BACKBONE = "model.backbone.bottom_up"
+COLOURS = colormaps["tab20"]
 RANDOM = [f"{BACKBONE}.pretrained=False", f"{BACKBONE}.norm=BN", f"{BACKBONE}.freeze_at=0"]
 RANDOM += ["optimizer.lr=5e-4", "dataloader.train.aspect_ratio_grouping=False"]
 
@@ -30,11 +34,11 @@ def batch_of_one(iterations: int) -> list[str]:
 
 
 def settings(iterations: int) -> dict[str, list[str]]:
-    """What is changed of the config, by a name."""
+    """What is changed, by a name."""
     one = batch_of_one(iterations)
     learning = [f"{BACKBONE}.norm=BN", f"{BACKBONE}.freeze_at=0"]
     return {
-        "as the config": [],
+        "FrozenBN, freeze_at=2": [],
         "freeze_at=0": [f"{BACKBONE}.freeze_at=0"],
         "freeze_at=3": [f"{BACKBONE}.freeze_at=3"],
         "freeze_at=5": [f"{BACKBONE}.freeze_at=5"],
@@ -81,19 +85,24 @@ def data(task: str, folder: Path) -> list[str]:
 
 
 def draw(rows: dict[str, list[dict]], metric: str, path: Path) -> None:
-    """The metric over the share of the training, a line for each setting."""
-    figure = Figure((9, 5), dpi=100, layout="constrained")
+    """The metric over the share of the training, a line for each setting, the best first."""
+    figure = Figure((10, 5), dpi=100, layout="constrained")
     axes = figure.add_subplot()
+    curves = {}
     for name, runs in rows.items():
-        curves = [run["curve"] for run in runs]
-        steps = [100 * step / curves[0][-1][0] for step, _ in curves[0]]
-        means = [statistics.mean(values) for values in zip(*([v for _, v in c] for c in curves))]
-        axes.plot(steps, means, "--" if "random" in name else "-", marker="o", ms=3, label=name)
+        whole = runs[0]["curve"][-1][0]
+        steps = [100 * step / whole for step, _ in runs[0]["curve"]]
+        values = zip(*([value for _, value in run["curve"]] for run in runs))
+        curves[name] = steps, [statistics.mean(value) for value in values]
+    for i, name in enumerate(sorted(curves, key=lambda name: -curves[name][1][-1])):
+        style = "--" if "random" in name else ":" if "batches of 1" in name else "-"
+        label = f"{curves[name][1][-1]:.1f}  {name}"
+        axes.plot(*curves[name], style, marker="o", ms=3, color=COLOURS(i), label=label)
     axes.set_xlabel("images seen, percent")
-    axes.set_ylabel(metric)
+    axes.set_ylabel(f"{metric}, percent")
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
-    figure.legend(loc="outside right upper", fontsize=8)
+    figure.legend(loc="outside right upper", fontsize=8, title="at the end")
     figure.savefig(path)
 
 
@@ -131,7 +140,8 @@ def main() -> None:
                 *needs,
             ]
             words += [f"{BACKBONE}.model_name=tf_efficientnet_lite0", f"train.seed={seed}"]
-            words += [f"train.max_iter={args.iterations}", "train.pictures=0", *every[name]]
+            words += [f"train.max_iter={args.iterations}", "train.pictures=0"]
+            words += ["optimizer.lr=2e-4", *every[name]]
             words += [f"train.eval_period={steps // 4}", f"train.checkpointer.period={steps}"]
             words += ["dataloader.train.num_workers=1", "dataloader.test.num_workers=1"]
             cases[name, seed] = (words, metric)
