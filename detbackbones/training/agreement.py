@@ -1,6 +1,6 @@
 """Whether the data, the model and the weights of a training go together."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from detectron2.config import instantiate
@@ -117,11 +117,25 @@ def check_fit(model: nn.Module, file: str) -> None:
     """
     own = model.state_dict()
     tensors, within = read_tensors(file)
-    wrong = unloaded(own, fitting(find_part(tensors, own, within=within).state, own))
-    if wrong:
+    loaded = fitting(find_part(tensors, own, within=within).state, own)
+    refuse_missing(file, unloaded(own, loaded), len(own))
+
+
+def refuse_missing(file: str, missing: Sequence[str], count: int) -> None:
+    """Refuse a checkpoint without all of a model.
+
+    Args:
+        file: the checkpoint.
+        missing: names of the model's tensors that it cannot load.
+        count: of the model's tensors.
+
+    Raises:
+        ValueError: if any is missing.
+    """
+    if missing:
         raise ValueError(
-            f"checkpoint {file!r} is not of this model: {len(wrong)} of the model's {len(own)} "
-            f"tensors are missing in it or of another shape ({wrong[0]}, ...)"
+            f"checkpoint {file!r} is not of this model: {len(missing)} of the model's {count} "
+            f"tensors are missing in it or of another shape ({missing[0]}, ...)"
         )
 
 

@@ -26,6 +26,7 @@ from ..weights import (
     unloaded,
     write_checkpoint,
 )
+from .agreement import refuse_missing
 
 logger = logging.getLogger(__name__)
 
@@ -75,13 +76,10 @@ def load_init_checkpoint(
     except ValueError as error:
         raise ValueError(f"init_checkpoint={path!r} cannot be taken: {error}") from error
     loaded, wanting = match.loaded, match.wanting
-    own = model.state_dict()
-    missing = [*wanting, *unloaded(_outside(match.backbones, own), match.others)]
-    if whole and missing:
-        raise ValueError(
-            f"checkpoint {path!r} is not of this model: {len(missing)} of the model's {len(own)} "
-            f"tensors are missing in it or of another shape ({missing[0]}, ...)"
-        )
+    if whole:
+        own = model.state_dict()
+        left = unloaded(_outside(match.backbones, own), match.others)
+        refuse_missing(path, [*wanting, *left], len(own))
     its_own = f"its own are {', '.join(list(tensors)[:3])}, ..."
     if not match.others and not loaded:
         raise ValueError(
