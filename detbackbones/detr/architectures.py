@@ -30,6 +30,8 @@ class Architecture:
         loss_weights: prefixes of the names of losses to the attributes of the configuration with
             their weights (a number is one itself), where the losses come without.
         masks: it has a model that gives masks, too.
+        counts_alone: prefixes of the names of losses that each process divides by its own number of
+            boxes, in transformers without accelerate.
     """
 
     strides: tuple[int, ...]
@@ -43,6 +45,7 @@ class Architecture:
     padded_boxes: bool = False
     loss_weights: tuple[tuple[str, str | float], ...] = ()
     masks: bool = False
+    counts_alone: tuple[str, ...] = ()
 
 
 _HYBRID = Architecture(
@@ -52,6 +55,7 @@ _HYBRID = Architecture(
     two_stage=True,
     processor="RTDetrImageProcessor",
     padded_boxes=True,
+    counts_alone=("loss_vfl", "loss_mal", "loss_bbox", "loss_giou", "loss_fgl"),
 )
 # transformers 5.23 counts the class loss once, whatever cls_loss_coefficient says
 _WEIGHTS = (
@@ -59,7 +63,7 @@ _WEIGHTS = (
     ("loss_bbox", "bbox_loss_coefficient"),
     ("loss_giou", "giou_loss_coefficient"),
 )
-
+_COUNTED = ("loss_ce", "loss_bbox", "loss_giou")
 _CLASS_WEIGHTS = (("loss_ce", "class_loss_coefficient"), *_WEIGHTS[1:])
 _MASK_WEIGHTS = (
     ("loss_mask_ce", "mask_class_loss_coefficient"),
@@ -83,18 +87,25 @@ ARCHITECTURES = {
         loss_weights=(*_CLASS_WEIGHTS, *_MASK_WEIGHTS),
         masks=True,
     ),
-    "deformable_detr": Architecture((8, 16, 32), loss_weights=_WEIGHTS),
+    "deformable_detr": Architecture((8, 16, 32), loss_weights=_WEIGHTS, counts_alone=_COUNTED),
     "detr": Architecture(
-        (32,), no_object=True, processor="DetrImageProcessor", loss_weights=_WEIGHTS
+        (32,),
+        no_object=True,
+        processor="DetrImageProcessor",
+        loss_weights=_WEIGHTS,
+        counts_alone=_COUNTED[1:],  # its class loss is a mean over the queries
     ),
     "conditional_detr": Architecture(
-        (32,), processor="ConditionalDetrImageProcessor", loss_weights=_WEIGHTS
+        (32,),
+        processor="ConditionalDetrImageProcessor",
+        loss_weights=_WEIGHTS,
+        counts_alone=_COUNTED,
     ),
-    "dab-detr": Architecture((32,), loss_weights=_WEIGHTS),
+    "dab-detr": Architecture((32,), loss_weights=_WEIGHTS, counts_alone=_COUNTED),
 }
 SEGMENTERS = {
     "mask2former": Architecture(
-        (4, 8, 16, 32), pyramid=True, slot="model.pixel_level_module.encoder"
+        (4, 8, 16, 32), pyramid=True, slot="model.pixel_level_module.encoder", no_object=True
     ),
 }
 EVERY = ARCHITECTURES | SEGMENTERS

@@ -1,6 +1,7 @@
 """A model of transformers with a detectron2 backbone in the place of its own."""
 
 import math
+import re
 from collections.abc import Sequence
 from functools import partial
 from types import SimpleNamespace
@@ -15,9 +16,13 @@ from torch.utils.checkpoint import checkpoint
 from ..data.images import ImageError
 from ..messages import first_line
 from .architectures import EVERY, SEGMENTERS, import_transformers
+from .initialization import initialize
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
+
+# what boxes are computed from: heads, and the maps whose precision the anchors have
+_BOXES = re.compile(r"bbox_(embed|predictor|head)(\.\d+)?$|decoder_input_proj\.\d+$")
 
 
 class BackboneEncoder(nn.Module):
@@ -62,7 +67,8 @@ class BackboneEncoder(nn.Module):
             ImageError: if the images are so small that there are less positions than queries.
         """
         levels = self._backbone[0](pixel_values)
-        maps = [levels[name] for name in self.names]
+        # transformers computes the positions with the precision of these
+        maps = [_of_full_precision(levels[name]) for name in self.names]
         positions = sum(level[0, 0].numel() for level in maps)
         if positions < self.min_positions:
             height, width = pixel_values.shape[-2:]
@@ -117,7 +123,21 @@ def build_model(
         with_masks=not wanted.slot,
     )
     model.set_submodule(encoder_name(model), encoder)
+    if config.model_type != "dino":  # which has its own
+        initialize(model)
+    for name, module in model.named_modules():
+        if _BOXES.search(name):
+            module.register_forward_hook(_hook)
     return model
+
+
+def _hook(module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
+    return _of_full_precision(output)
+
+
+def _of_full_precision(output: torch.Tensor) -> torch.Tensor:
+    """What autocast has made of half precision, which cannot tell the places in an image apart."""
+    return output.float() if torch.is_autocast_enabled(output.device.type) else output
 
 
 def encoder_name(model: "PreTrainedModel") -> str:
