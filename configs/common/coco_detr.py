@@ -1,7 +1,7 @@
 """COCO as DETRs are trained on it, with DINO's recipe of 12 epochs with a batch of 16.
 
-The recipe is that of https://arxiv.org/abs/2203.03605, the augmentation of
-https://arxiv.org/abs/2005.12872.
+The recipe is that of https://arxiv.org/abs/2203.03605 with a warm-up of 900 iterations, the
+augmentation of https://arxiv.org/abs/2005.12872. detectron2 leaves out images without boxes.
 """
 
 from detectron2.config import LazyCall as L

@@ -11,6 +11,7 @@ from ..common.models.detr import model
 
 model.num_classes = L(num_classes)(dataset="${dataloader.train.dataset.names}")
 model.num_queries = 100
+model.test_topk_per_image = 100
 model.config_kwargs.decoder_layers = 3
 model.backbone.update(model_name="tf_efficientnet_lite0", in_channels="${dataset.channels}")
 dataloader.train.mapper.use_instance_mask = False

@@ -1,4 +1,7 @@
-"""Mask2Former for things and stuff, timm ResNet-50, COCO 50 epochs."""
+"""Mask2Former for things and stuff, timm ResNet-50, COCO 50 epochs.
+
+The masks of things are those of COCO's instances, as in detectron2's panoptic FPN, and may overlap.
+"""
 
 from ..common.coco_panoptic import dataloader
 from ..common.mask2former_recipe import augmentations, lr_multiplier, optimizer, train  # noqa: F401

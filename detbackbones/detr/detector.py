@@ -15,8 +15,9 @@ from ..messages import one_of, whole_number
 from .architectures import ARCHITECTURES, choose_levels
 from .build import build_model, checkpoint_layers
 from .dino_names import from_other_programs
-from .images import NormalizesImages, images_and_mask, true_masks, upsampled
+from .images import NormalizesImages, check_classes, images_and_mask, true_masks, upsampled
 from .pretrained import load_pretrained, read_config, save_pretrained
+from .processes import mean_per_process
 from .settings import build_config
 
 logger = logging.getLogger(__name__)
@@ -97,6 +98,7 @@ class TransformersDetector(NormalizesImages):
 
         self.architecture = architecture
         self.num_classes = num_classes
+        self.size_divisibility = shapes[-1].stride
         self.in_features = names
         self.test_topk_per_image = test_topk_per_image
         self.masks = masks
@@ -141,7 +143,7 @@ class TransformersDetector(NormalizesImages):
         outputs = self.detr(
             **images_and_mask(images), labels=self.prepare_targets(images, instances)
         )
-        losses = self._weighted(outputs.loss_dict)
+        losses = self._weighted(outputs.loss_dict, sum(map(len, instances)))
         if self.masks and not any(map(len, instances)):  # transformers gives empty tensors
             nothing = 0 * outputs.pred_masks.sum()
             losses |= {key: nothing for key in losses if "mask" in key}
@@ -176,21 +178,30 @@ class TransformersDetector(NormalizesImages):
 
         Boxes are fractions of the padded images or of each image's own size, as the architecture
         has it. Masks are those of the padded images.
+
+        Raises:
+            ImageError: if there are masks to learn and an image has none, or it has a class that is
+                none of ``num_classes``.
         """
         labels = []
         for (height, width), x in zip(self._frames(images), instances):
             scale = x.gt_boxes.tensor.new_tensor([width, height, width, height])
             boxes = box_convert(x.gt_boxes.tensor / scale, "xyxy", "cxcywh")
+            check_classes(x.gt_classes, self.num_classes)
             labels.append({"class_labels": x.gt_classes, "boxes": boxes})
             if self.masks:
                 labels[-1]["masks"] = true_masks(x, images.tensor.shape[-2:])
         return labels
 
-    def _weighted(self, losses: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def _weighted(self, losses: dict[str, torch.Tensor], num_boxes: int) -> dict[str, torch.Tensor]:
         losses = {key: value for key, value in losses.items() if key.startswith("loss_")}
-        for prefix, weight in ARCHITECTURES[self.architecture].loss_weights:
+        wanted = ARCHITECTURES[self.architecture]
+        for prefix, weight in wanted.loss_weights:
             weight = getattr(self.detr.config, weight) if isinstance(weight, str) else weight
             losses |= {k: weight * v for k, v in losses.items() if k.startswith(prefix)}
+        if wanted.counts_alone:
+            ratio = max(num_boxes, 1) / mean_per_process(num_boxes)
+            losses |= {k: ratio * v for k, v in losses.items() if k.startswith(wanted.counts_alone)}
         return losses
 
     def _inference(self, batched_inputs: list[dict[str, Any]]) -> list[dict[str, Instances]]:

@@ -39,6 +39,8 @@ _EPS = 1e-3  # how near to 0 and 1 the sides of a box are told apart, as in the 
 class DinoConfig(DeformableDetrConfig):
     """The settings of DINO, by default those of its authors' 4-scale model.
 
+    As in detrex each layer of the decoder has its own heads; in the authors' model all share one.
+
     Attributes:
         num_denoising: about how many boxes are denoised in an image, each from a positive and a
             negative query; 0 is for no denoising.

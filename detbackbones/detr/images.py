@@ -34,6 +34,7 @@ class NormalizesImages(nn.Module):
         """
         super().__init__()
         self.backbone = backbone
+        self.size_divisibility = 0  # what a model needs of a backbone that takes all sizes
         for key, value in (("pixel_mean", pixel_mean), ("pixel_std", pixel_std)):
             value = _backbones_own(backbone, key) if value is None else value
             pixels = torch.tensor(list(value), dtype=torch.float32).view(-1, 1, 1)
@@ -48,7 +49,8 @@ class NormalizesImages(nn.Module):
         """Images on the model's device, normalized, padded to the largest of them."""
         images = [x["image"].to(self.device) for x in batched_inputs]
         images = [(image - self.pixel_mean) / self.pixel_std for image in images]
-        divisor, constraints = self.backbone.size_divisibility, self.backbone.padding_constraints
+        divisor = self.backbone.size_divisibility or self.size_divisibility
+        constraints = self.backbone.padding_constraints
         return ImageList.from_tensors(images, divisor, padding_constraints=constraints)
 
     def groups_of_one_size(
@@ -85,6 +87,17 @@ def images_and_mask(images: ImageList) -> dict[str, torch.Tensor]:
     for i, (h, w) in enumerate(images.image_sizes):
         mask[i, :h, :w] = 1
     return {"pixel_values": images.tensor, "pixel_mask": mask}
+
+
+def check_classes(classes: torch.Tensor, count: int) -> None:
+    """Refuse true classes that are none, where a model would learn them as no object.
+
+    Raises:
+        ImageError: if one is below 0, or ``count`` or more.
+    """
+    if len(classes) and not 0 <= classes.min() <= classes.max() < count:
+        wrong = classes[(classes < 0) | (classes >= count)][0]
+        raise ImageError(f"class {wrong} must be from 0 to {count - 1}, for num_classes={count}")
 
 
 def true_masks(instances: Instances, size: tuple[int, int]) -> torch.Tensor:

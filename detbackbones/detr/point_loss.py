@@ -117,34 +117,9 @@ class PointLoss(Mask2FormerLoss):
             "loss_dice": dice_loss(logits, truth, num_masks),
         }
 
-    def forward(
-        self,
-        masks_queries_logits: torch.Tensor,
-        class_queries_logits: torch.Tensor,
-        mask_labels: list[torch.Tensor],
-        class_labels: list[torch.Tensor],
-        auxiliary_predictions: list[dict[str, torch.Tensor]],
-    ) -> dict[str, torch.Tensor]:
-        """The losses of the last layer, and with the layer's number those of the others.
-
-        Args:
-            masks_queries_logits: (N, queries, h, w).
-            class_queries_logits: (N, queries, classes + 1).
-            mask_labels: for each image bits (n, H, W).
-            class_labels: for each image (n,).
-            auxiliary_predictions: the same two of each other layer.
-        """
-        num_masks = mean_per_process(sum(map(len, class_labels)))
-        layers = {"": (masks_queries_logits, class_queries_logits)}
-        for i, layer in enumerate(auxiliary_predictions):
-            layers[f"_{i}"] = (layer["masks_queries_logits"], layer["class_queries_logits"])
-        losses = {}
-        for end, (masks, classes) in layers.items():
-            indices = self.matcher(masks, classes, mask_labels, class_labels)
-            found = self.loss_masks(masks, mask_labels, indices, num_masks)
-            found |= self.loss_labels(classes, class_labels, indices)
-            losses |= {f"{key}{end}": value for key, value in found.items()}
-        return losses
+    def get_num_masks(self, class_labels: list[torch.Tensor], device: torch.device) -> float:
+        """What the losses are divided by."""
+        return mean_per_process(sum(map(len, class_labels)))
 
 
 def read_bits(

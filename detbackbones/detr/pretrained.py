@@ -186,6 +186,10 @@ def save_pretrained(
         raise ValueError(
             f"class_names has {len(class_names)} names for {detr.config.num_labels} classes"
         )
+    if ARCHITECTURES[detr.config.model_type].vit:
+        raise ValueError(
+            f"save_pretrained: transformers builds {detr.config.model_type!r} on its own ViT alone"
+        )
     timm = isinstance(backbone, TimmBackbone)
     if not timm or not backbone.indices:
         raise ValueError(

@@ -12,7 +12,7 @@ from detectron2.structures import BitMasks, Instances
 from ..messages import one_of, whole_number
 from .architectures import SEGMENTERS, choose_levels, import_transformers
 from .build import build_model, checkpoint_layers
-from .images import NormalizesImages, true_masks, upsampled
+from .images import NormalizesImages, check_classes, true_masks, upsampled
 from .settings import build_config
 
 TASKS = ("instance", "semantic", "panoptic")
@@ -76,6 +76,11 @@ class TransformersSegmenter(NormalizesImages):
             whole_number("num_queries", num_queries)
         if (task == "panoptic") != (num_things is not None):
             raise ValueError(f"num_things={num_things} must be given for task='panoptic' alone")
+        if task != "instance" and num_classes > IGNORE_LABEL:
+            raise ValueError(
+                f"num_classes={num_classes} must be at most {IGNORE_LABEL} for task={task!r}: "
+                f"{IGNORE_LABEL} in a label map is no class"
+            )
         if num_things is not None:
             whole_number("num_things", num_things)
             if num_things >= num_classes:
@@ -95,6 +100,7 @@ class TransformersSegmenter(NormalizesImages):
         shapes = [backbone.output_shape()[name] for name in names]
         config = build_config(architecture, shapes, num_classes, num_queries, config_kwargs)
 
+        self.size_divisibility = shapes[-1].stride
         self.task, self.num_classes, self.num_things = task, num_classes, num_things
         self.in_features = names
         self.test_topk_per_image = test_topk_per_image
@@ -138,6 +144,9 @@ class TransformersSegmenter(NormalizesImages):
         Args:
             image: one of a batch.
             size: (height, width) that it is padded to.
+
+        Raises:
+            ImageError: if a class is none of ``num_classes``, or things have no masks.
         """
         classes, masks = [], []
         if self.task != "semantic":
@@ -155,6 +164,7 @@ class TransformersSegmenter(NormalizesImages):
             (height, width), (padded_height, padded_width) = label_map.shape, size
             margin = (0, padded_width - width, 0, padded_height - height)
             masks.append(F.pad(label_map == found[:, None, None], margin))
+        check_classes(torch.cat(classes), self.num_classes)
         return torch.cat(classes), torch.cat(masks)
 
     def _inference(self, batched_inputs: list[dict[str, Any]]) -> list[dict[str, Any]]:

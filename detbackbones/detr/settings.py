@@ -13,6 +13,14 @@ from .architectures import ARCHITECTURES, EVERY, SEGMENTERS, Architecture, impor
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
+_ONCE = "transformers counts the class loss once, whatever it says"
+_WITHOUT_EFFECT = {  # on training
+    ("conditional_detr", "cls_loss_coefficient"): _ONCE,
+    ("dab-detr", "cls_loss_coefficient"): _ONCE,
+    ("deformable_detr", "two_stage"): "transformers has no loss for the first stage, and "
+    "architecture='dino' has",
+}
+
 
 def _check_trainable(architecture: Architecture, settings: Mapping[str, Any]) -> None:
     """Refuse settings that transformers takes and then cannot train with.
@@ -130,6 +138,8 @@ def build_config(
             raise ValueError(f"config_kwargs has {key!r}, which follows from other parameters")
         if key not in default:
             raise ValueError(f"config_kwargs has {key!r}: {nearest(key, default)}")
+        if reason := _WITHOUT_EFFECT.get((architecture, key)):
+            raise ValueError(f"config_kwargs: {key} must be left out: {reason}")
     if num_queries is None:
         del computed["num_queries"]
     auxiliary = {"auxiliary_loss": True} if "auxiliary_loss" in default else {}

@@ -167,7 +167,9 @@ def test_label_maps_become_masks():
     assert classes.tolist() == [0, 2] and bits.sum() == 59 * 96
     assert bits[1, 20:, 30:].all() and not (bits[0] & bits[1]).any()
     image["instances"].gt_classes[:] = torch.tensor([1, 0])
-    classes, bits = segmenter(task="panoptic", num_things=2).prepare_targets(image, (64, 96))
+    classes, bits = segmenter(task="panoptic", num_things=2, num_classes=4).prepare_targets(
+        image, (64, 96)
+    )
     assert classes.tolist() == [1, 0, 3]
     assert torch.equal(bits[:2], image["instances"].gt_masks.tensor)
     assert bits[2].sum() == 44 * 66
@@ -275,6 +277,7 @@ def test_mixed_precision():
 WRONG = {
     "task": (dict(task="masks"), "task='masks' is unknown: valid are 'instance'"),
     "architecture": (dict(architecture="maskformer"), "architecture='maskformer' is unknown"),
+    "label": (dict(task="semantic", num_classes=300), "num_classes=300 must be at most 255"),
     "things": (dict(task="panoptic"), "num_things=None must be given for task='panoptic' alone"),
     "many": (dict(task="panoptic", num_things=3), "num_things=3 must be less than num_classes=3"),
     "none": (dict(task="panoptic", num_things=0), "num_things=0 must be a whole number from 1"),
@@ -305,6 +308,23 @@ WRONG = {
 def test_wrong_arguments_are_refused_in_a_sentence(kwargs, sentence):
     with pytest.raises(ValueError, match=sentence):
         segmenter(**kwargs)
+
+
+@pytest.mark.parametrize("task", ["instance", "semantic"])
+def test_a_class_that_is_none_is_refused(task):
+    (image,) = batch((64, 96))
+    image["instances"].gt_classes[1] = 3
+    image["sem_seg"] = torch.full((64, 96), 3)
+    with pytest.raises(ValueError, match="class 3 must be from 0 to 2, for num_classes=3"):
+        segmenter(task=task)([image])
+
+
+@pytest.mark.parametrize("layer", ["encoder.layers.0.fc1", "adapter_1.0", "input_projections.0.0"])
+def test_it_starts_with_weights_that_learn(layer):
+    weight = segmenter().model.get_submodule(f"model.pixel_level_module.decoder.{layer}").weight
+    fan = weight[0].numel() + weight[:, 0].numel()
+    least = (1 / 3 / weight[0].numel()) ** 0.5 if "adapter" in layer else (2 / fan) ** 0.5
+    assert weight.std().item() == pytest.approx(least, rel=0.1)  # torch's default, and Xavier's
 
 
 def test_boxes_alone_are_refused():

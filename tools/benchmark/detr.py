@@ -24,7 +24,7 @@ import torch
 import transformers
 from backbones import OURS, WARM_UP, setting, summarise, table
 from detbackbones import TimmBackbone, TransformersDetector, TransformersSegmenter
-from detbackbones.detr.architectures import ARCHITECTURES, SEGMENTERS
+from detbackbones.detr.architectures import EVERY, SEGMENTERS
 from detbackbones.detr.images import images_and_mask
 from detbackbones.weights import fitting
 from detectron2.structures import BitMasks, Boxes, Instances
@@ -100,7 +100,6 @@ def segmenters(
     peer = type(ours.model)(type(ours.model.config).from_dict(settings))
     peer.load_state_dict(ours.model.state_dict(), strict=False)
     encoder = peer.model.pixel_level_module.encoder._backbone
-    own = backbone.model.state_dict()
     own = encoder.state_dict()
     encoder.load_state_dict(fitting(backbone.model.state_dict(), own), strict=False)
     images = ours.preprocess_image(inputs)
@@ -135,7 +134,8 @@ def parse_args() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    names = [*ARCHITECTURES, *SEGMENTERS]
+    # those on their own kind of ViT cannot be built by transformers on the same backbone
+    names = [name for name, wanted in EVERY.items() if not wanted.vit]
     add("--architecture", choices=names, default="rt_detr_v2", help="default: %(default)s")
     add("--model", default="resnet18", help="of timm; default: %(default)s")
     add("--size", type=int, nargs=2, default=[384, 384], metavar=("H", "W"))

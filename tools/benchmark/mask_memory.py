@@ -42,7 +42,12 @@ def step(args: argparse.Namespace, count: int, kind: str) -> dict[str, float]:
         model = segmenter.model
         model.criterion = Mask2FormerLoss(model.config, model.weight_dict)
         prepare = segmenter.prepare_targets
-        segmenter.prepare_targets = lambda *x: (prepare(*x)[0], prepare(*x)[1].float())
+
+        def with_floats(*args):
+            classes, masks = prepare(*args)
+            return classes, masks.float()
+
+        segmenter.prepare_targets = with_floats
     start = time.perf_counter()
     sum(segmenter([image]).values()).backward()
     seconds = time.perf_counter() - start

@@ -5,11 +5,12 @@
 BOXES and MASKS are folders with train.json, val.json and images/; the mask transformer takes the
 second, whose annotations have masks. Each cell is a `detbackbones train` with the same number of
 small images, and one that ends after a step with a learning rate of next to nothing. The table has
-AP50 of both, and the picture AP50 over the images seen. Runs that are in runs.jsonl are not
+AP50 of both, and the picture AP50 over the iterations. Runs that are in runs.jsonl are not
 repeated. One backbone has ImageNet weights of the package index, the others start at random.
 """
 
 import argparse
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -65,9 +66,12 @@ def config(detector: str, backbone: str) -> DictConfig:
 def cell(args: argparse.Namespace, detector: str, backbone: str, kind: str) -> tuple[list, str]:
     """The words of a training, and the metric."""
     _, needs, masks = DETECTORS[detector]
-    file = args.output / "configs" / f"{detector} {backbone}.yaml".replace(" ", "_")
+    cfg = config(detector, backbone)
+    # by the name a run that is kept is of this config, and not of an earlier one
+    digest = hashlib.sha256(LazyConfig.to_py(cfg).encode()).hexdigest()[:8]
+    file = args.output / "configs" / f"{detector} {backbone} {digest}.yaml".replace(" ", "_")
     file.parent.mkdir(parents=True, exist_ok=True)
-    LazyConfig.save(config(detector, backbone), str(file))
+    LazyConfig.save(cfg, str(file))
     data = args.masks if masks else args.boxes
     sizes = (args.size - args.size // 8, args.size)
     words = [f"--config-file={file}", *needs, "train.pictures=0"]
@@ -90,8 +94,9 @@ def draw(results: dict[Key, dict], path: Path) -> None:
     grid = figure.subplots(2, columns, sharex=True, sharey=True).flat
     for detector, axes in zip(DETECTORS, grid):
         for backbone in BACKBONES:
-            curve = results[detector, backbone, "trained"]["curve"]
-            axes.plot(*zip((0, 0.0), *curve), marker="o", ms=3, label=backbone)
+            before = results[detector, backbone, "untrained"]["curve"][-1][1]
+            curve = [(0, before), *results[detector, backbone, "trained"]["curve"]]
+            axes.plot(*zip(*curve), marker="o", ms=3, label=backbone)
         axes.set_title(detector)
         axes.grid(alpha=0.3)
     for axes in grid:  # those that are left over

@@ -10,6 +10,7 @@ model = L(TransformersDetector)(
     backbone=timm_r50,
     num_classes=80,
     num_queries=300,
+    test_topk_per_image=300,
     config_kwargs={},  # attributes of transformers' configuration of the architecture
     pretrained_detector="",  # a name on the Hugging Face hub, or a folder
 )

@@ -4,4 +4,3 @@ from .detr import model
 
 model.architecture = "dino"
 model.num_queries = 900
-model.test_topk_per_image = 300
