@@ -18,6 +18,5 @@ model.config_kwargs.update(
 )
 model.backbone.update(model_name="tf_efficientnet_lite0", in_channels="${dataset.channels}")
 dataloader.train.mapper.use_instance_mask = False
-optimizer.lr = 2e-4
 optimizer.params.backbone_lr_factor = 0.1
 train.clip_grad.params.max_norm = 0.1
