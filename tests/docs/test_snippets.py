@@ -97,7 +97,7 @@ def quick(words):
     """What is added to a command, so that it ends in seconds and downloads nothing."""
     more = []
     if words[0] == "train":
-        detr = any("/rt_detr" in word for word in words)
+        detr = any(re.search("/(rt_detr|dino|mask2former)", word) for word in words)
         bottom_up = "model.backbone" if detr else "model.backbone.bottom_up"
         more = ["--overwrite", *QUICK]  # several pages train into the same folder
         more += [f"{bottom_up}.pretrained=False"]
