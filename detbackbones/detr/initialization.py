@@ -45,10 +45,10 @@ def initialize(model: "PreTrainedModel") -> None:
         if not isinstance(module, _PLAIN):
             model._init_weights(module)
     for name, module in model.named_modules():
-        if isinstance(module, nn.Embedding):
+        if name.endswith("denoising_class_embed"):
             module.reset_parameters()
-            if "reference_point" in name:  # of LW-DETR and RF-DETR: added to the proposals
-                nn.init.zeros_(module.weight)
+        elif name.endswith("reference_point_embed"):  # which is added to the proposals
+            nn.init.zeros_(module.weight)
         elif isinstance(module, nn.Linear) and re.search("class|score", name):
             if not wanted.no_object:
                 nn.init.constant_(module.bias, -math.log(1 / _PRIOR - 1))

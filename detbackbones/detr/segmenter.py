@@ -164,8 +164,9 @@ class TransformersSegmenter(NormalizesImages):
             (height, width), (padded_height, padded_width) = label_map.shape, size
             margin = (0, padded_width - width, 0, padded_height - height)
             masks.append(F.pad(label_map == found[:, None, None], margin))
-        check_classes(torch.cat(classes), self.num_classes)
-        return torch.cat(classes), torch.cat(masks)
+        labels = torch.cat(classes)
+        check_classes(labels, self.num_classes)
+        return labels, torch.cat(masks)
 
     def _inference(self, batched_inputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
         give = {

@@ -138,8 +138,9 @@ def build_config(
             raise ValueError(f"config_kwargs has {key!r}, which follows from other parameters")
         if key not in default:
             raise ValueError(f"config_kwargs has {key!r}: {nearest(key, default)}")
-        if reason := _WITHOUT_EFFECT.get((architecture, key)):
-            raise ValueError(f"config_kwargs: {key} must be left out: {reason}")
+        reason = _WITHOUT_EFFECT.get((architecture, key))
+        if reason and kwargs[key] is not False:
+            raise ValueError(f"config_kwargs: {key}={kwargs[key]} must be left out: {reason}")
     if num_queries is None:
         del computed["num_queries"]
     auxiliary = {"auxiliary_loss": True} if "auxiliary_loss" in default else {}

@@ -456,11 +456,11 @@ WRONG = {
     "value": (dict(config_kwargs={"decoder_layers": "x"}), "are refused: "),
     "no first stage": (
         dict(architecture="deformable_detr", config_kwargs={"two_stage": True}),
-        "two_stage must be left out: transformers has no loss for the first stage",
+        "two_stage=True must be left out: transformers has no loss for the first stage",
     ),
     "counted once": (
         dict(architecture="dab-detr", config_kwargs={"cls_loss_coefficient": 2}),
-        "cls_loss_coefficient must be left out: transformers counts the class loss once",
+        "cls_loss_coefficient=2 must be left out: transformers counts the class loss once",
     ),
     "masks": (dict(masks=True), "masks=True is of 'rf_detr' alone, not of 'rt_detr_v2'"),
     "no folder": (dict(pretrained_detector=str(TOOLS)), "no folder of a detector"),
@@ -719,6 +719,18 @@ def test_it_starts_with_weights_that_learn(architecture):
         assert all(r == pytest.approx(0, abs=1e-3) for r in ratio.flatten().tolist()) or all(
             r == pytest.approx(-math.log2(128 / 96), abs=0.05) for r in ratio.flatten().tolist()
         )
+
+
+def test_learned_positions_start_as_transformers_has_them():
+    """From 0 to 1, as at DETR's authors, and not as other embeddings do."""
+    model = detector("detr", config_kwargs=SMALL | {"position_embedding_type": "learned"})
+    weights = [v for k, v in model.state_dict().items() if "row_embeddings" in k]
+    assert weights and all(0 <= weight.min() < weight.max() <= 1 for weight in weights)
+
+
+def test_a_setting_that_says_no_is_none():
+    one_stage = {"two_stage": False} | SMALL
+    assert not detector("deformable_detr", config_kwargs=one_stage).detr.config.two_stage
 
 
 @pytest.mark.parametrize("architecture", EVERY)
