@@ -2,9 +2,12 @@
 
 import json
 import sys
+from argparse import Namespace
+from pathlib import Path
 
 import pytest
-from detectron2.config import instantiate
+from detectron2.config import LazyConfig, instantiate
+from PIL import Image
 from support import TOOLS, load_tool
 
 sys.path.insert(0, str(TOOLS / "benchmark"))
@@ -41,3 +44,26 @@ def test_every_detector_stands_on_every_backbone(detector, backbone):
     bottom_up.in_channels = 3
     strides = [shape.stride for shape in instantiate(cfg.model.backbone).output_shape().values()]
     assert strides[:3] in ([4, 8, 16], [8, 16, 32])
+
+
+def test_the_words_of_a_cell_name_its_config(tmp_path):
+    folders = {"boxes": Path("blood"), "masks": Path("nuclei"), "output": tmp_path}
+    args = Namespace(**folders, size=64, iterations=4)
+    words, metric = matrix.cell(args, "Mask2Former", "ViT-Tiny", "trained")
+    assert (words, metric) == matrix.cell(args, "Mask2Former", "ViT-Tiny", "trained")
+    cfg = LazyConfig.load(words[0].removeprefix("--config-file="))
+    assert cfg.model.backbone.bottom_up.model_name == "vit_tiny_patch16_224"
+    assert metric == "segm/AP50" and "dataset.val_size=128" in words
+    other, metric = matrix.cell(args, "DEIMv2", "ViT-Tiny", "untrained")
+    assert other[0] != words[0] and metric == "bbox/AP50" and "dataset.val_size=64" in other
+
+
+def test_the_picture_shows_the_results(tmp_path):
+    cells = [(detector, backbone) for detector in matrix.DETECTORS for backbone in matrix.BACKBONES]
+    pictures = []
+    for last in (40.0, 80.0, 80.0):
+        results = {(*cell, "untrained"): {"curve": [(1, 0.0)]} for cell in cells}
+        results |= {(*cell, "trained"): {"curve": [(2, 20.0), (4, last)]} for cell in cells}
+        matrix.draw(results, tmp_path / "matrix.png")
+        pictures.append(Image.open(tmp_path / "matrix.png").tobytes())
+    assert pictures[0] != pictures[1] == pictures[2]

@@ -3,10 +3,11 @@
     python tools/benchmark/matrix.py BOXES MASKS --output output/matrix
 
 BOXES and MASKS are folders with train.json, val.json and images/; the mask transformer takes the
-second, whose annotations have masks. Each cell is a `detbackbones train` with the same number of
-small images, and one that ends after a step with a learning rate of next to nothing. The table has
-AP50 of both, and the picture AP50 over the iterations. Runs that are in runs.jsonl are not
-repeated. One backbone has ImageNet weights of the package index, the others start at random.
+second, whose annotations have masks, at twice the size. Each cell is a `detbackbones train` with
+the same number of small images, and one that ends after a step with a learning rate of next to
+nothing. The table has AP50 of both, and the picture AP50 over the iterations. Runs that are in
+runs.jsonl are not repeated. One backbone has ImageNet weights of the package index, the others
+start at random.
 """
 
 import argparse
@@ -67,20 +68,22 @@ def cell(args: argparse.Namespace, detector: str, backbone: str, kind: str) -> t
     """The words of a training, and the metric."""
     _, needs, masks = DETECTORS[detector]
     cfg = config(detector, backbone)
+    folder = args.output / "configs"
+    folder.mkdir(parents=True, exist_ok=True)
+    draft = folder / "draft.yaml"
+    LazyConfig.save(cfg, str(draft))
     # by the name a run that is kept is of this config, and not of an earlier one
-    digest = hashlib.sha256(LazyConfig.to_py(cfg).encode()).hexdigest()[:8]
-    file = args.output / "configs" / f"{detector} {backbone} {digest}.yaml".replace(" ", "_")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    LazyConfig.save(cfg, str(file))
+    digest = hashlib.sha256(draft.read_bytes()).hexdigest()[:8]
+    file = draft.replace(folder / f"{detector} {backbone} {digest}.yaml".replace(" ", "_"))
     data = args.masks if masks else args.boxes
-    sizes = (args.size - args.size // 8, args.size)
+    size = args.size * 2 if masks else args.size
     words = [f"--config-file={file}", *needs, "train.pictures=0"]
     words += [f"dataset.{split}_json={data}/{split}.json" for split in ("train", "val")]
     words += [f"dataset.{split}_images={data}/images" for split in ("train", "val")]
-    words += [f"dataset.train_sizes={list(sizes)}", f"dataset.val_size={args.size}"]
+    words += [f"dataset.train_sizes=[{size - size // 8},{size}]", f"dataset.val_size={size}"]
     words += ["dataloader.train.num_workers=1", "dataloader.test.num_workers=1"]
     count = args.iterations if kind == "trained" else 1
-    words += [f"train.max_iter={count}", f"train.eval_period={max(count // 4, 1)}"]
+    words += [f"train.max_iter={count}", f"train.eval_period={max(count // 2, 1)}"]
     words += [f"train.checkpointer.period={count}"]
     if kind == "untrained":
         words.append("optimizer.lr=1e-12")
