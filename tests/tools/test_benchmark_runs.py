@@ -62,8 +62,8 @@ def test_the_picture_shows_the_results(tmp_path):
     cells = [(detector, backbone) for detector in matrix.DETECTORS for backbone in matrix.BACKBONES]
     pictures = []
     for last in (40.0, 80.0, 80.0):
-        results = {(*cell, "untrained"): {"curve": [(1, 0.0)]} for cell in cells}
-        results |= {(*cell, "trained"): {"curve": [(2, 20.0), (4, last)]} for cell in cells}
-        matrix.draw(results, tmp_path / "matrix.png")
+        curves = {(*cell, "untrained"): [(1, 0.0)] for cell in cells}
+        curves |= {(*cell, "trained"): [(2, 20.0), (4, last)] for cell in cells}
+        matrix.draw(curves, tmp_path / "matrix.png")
         pictures.append(Image.open(tmp_path / "matrix.png").tobytes())
     assert pictures[0] != pictures[1] == pictures[2]

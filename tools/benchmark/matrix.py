@@ -12,6 +12,7 @@ start at random.
 
 import argparse
 import hashlib
+import math
 from pathlib import Path
 from typing import Any
 
@@ -90,15 +91,15 @@ def cell(args: argparse.Namespace, detector: str, backbone: str, kind: str) -> t
     return words, "segm/AP50" if masks else "bbox/AP50"
 
 
-def draw(results: dict[Key, dict], path: Path) -> None:
+def draw(curves: dict[Key, list[tuple[int, float]]], path: Path) -> None:
     """AP50 over the iterations: for each detector a line for each backbone."""
     figure = Figure((14, 6), dpi=100, layout="constrained")
     columns = -(-len(DETECTORS) // 2)
     grid = figure.subplots(2, columns, sharex=True, sharey=True).flat
     for detector, axes in zip(DETECTORS, grid):
         for backbone in BACKBONES:
-            before = results[detector, backbone, "untrained"]["curve"][-1][1]
-            curve = [(0, before), *results[detector, backbone, "trained"]["curve"]]
+            ((_, before),) = curves[detector, backbone, "untrained"]
+            curve = [(0, before), *curves[detector, backbone, "trained"]]
             axes.plot(*zip(*curve), marker="o", ms=3, label=backbone)
         axes.set_title(detector)
         axes.grid(alpha=0.3)
@@ -134,18 +135,22 @@ def main() -> None:
         for kind in ("untrained", "trained")
     ]
     results = train_all({key: cell(args, *key) for key in cells}, args.output, args.jobs)
+    # detectron2's AP is NaN where nothing was found
+    curves = {
+        key: [(iteration, 0.0 if math.isnan(ap) else ap) for iteration, ap in result["curve"]]
+        for key, result in results.items()
+    }
     rows = []
     for detector in DETECTORS:
         row = [detector]
         for backbone in BACKBONES:
             before, after = (
-                results[detector, backbone, kind]["curve"][-1][1]
-                for kind in ("untrained", "trained")
+                curves[detector, backbone, kind][-1][1] for kind in ("untrained", "trained")
             )
             row.append(f"{before:.1f} / {after:.1f}")
         rows.append(row)
     print(tabulate(rows, ["AP50 before / after", *BACKBONES], "github", disable_numparse=True))
-    draw(results, args.output / "matrix.png")
+    draw(curves, args.output / "matrix.png")
     print(f"wrote {args.output / 'runs.jsonl'} and {args.output / 'matrix.png'}")
 
 
