@@ -94,10 +94,12 @@ def cell(args: argparse.Namespace, detector: str, backbone: str, kind: str) -> t
 def draw(curves: dict[Key, list[tuple[int, float]]], path: Path) -> None:
     """AP50 over the iterations: for each detector a line for each backbone."""
     figure = Figure((14, 6), dpi=100, layout="constrained")
-    columns = -(-len(DETECTORS) // 2)
-    grid = figure.subplots(2, columns, sharex=True, sharey=True).flat
-    for detector, axes in zip(DETECTORS, grid):
-        for backbone in BACKBONES:
+    detectors, backbones = (dict.fromkeys(names) for names in list(zip(*curves))[:2])
+    rows = min(2, len(detectors))
+    columns = -(-len(detectors) // rows)
+    grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flat
+    for detector, axes in zip(detectors, grid):
+        for backbone in backbones:
             ((_, before),) = curves[detector, backbone, "untrained"]
             curve = [(0, before), *curves[detector, backbone, "trained"]]
             axes.plot(*zip(*curve), marker="o", ms=3, label=backbone)
@@ -107,7 +109,7 @@ def draw(curves: dict[Key, list[tuple[int, float]]], path: Path) -> None:
         axes.set_visible(False)
     figure.supxlabel("iteration")
     figure.supylabel("AP50, percent")
-    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=5)
     figure.savefig(path)
 
 
@@ -121,6 +123,15 @@ def main() -> None:
     parser.add_argument("--iterations", type=int, default=200, help="default: %(default)s")
     parser.add_argument("--size", type=int, default=192, help="of the images; default: %(default)s")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time; default: %(default)s")
+    for name, choices in (("detectors", DETECTORS), ("backbones", BACKBONES)):
+        parser.add_argument(
+            f"--{name}",
+            nargs="+",
+            choices=choices,
+            default=[*choices],
+            metavar="NAME",
+            help=f"by default all: {', '.join(choices)}",
+        )
     args = parser.parse_args()
     for folder in (args.boxes, args.masks):
         if not folder.is_dir():
@@ -130,8 +141,8 @@ def main() -> None:
             parser.error(f"--{key} {getattr(args, key)} must be at least 1")
     cells = [
         (detector, backbone, kind)
-        for detector in DETECTORS
-        for backbone in BACKBONES
+        for detector in args.detectors
+        for backbone in args.backbones
         for kind in ("untrained", "trained")
     ]
     results = train_all({key: cell(args, *key) for key in cells}, args.output, args.jobs)
@@ -141,15 +152,15 @@ def main() -> None:
         for key, result in results.items()
     }
     rows = []
-    for detector in DETECTORS:
+    for detector in args.detectors:
         row = [detector]
-        for backbone in BACKBONES:
+        for backbone in args.backbones:
             before, after = (
                 curves[detector, backbone, kind][-1][1] for kind in ("untrained", "trained")
             )
             row.append(f"{before:.1f} / {after:.1f}")
         rows.append(row)
-    print(tabulate(rows, ["AP50 before / after", *BACKBONES], "github", disable_numparse=True))
+    print(tabulate(rows, ["AP50 before / after", *args.backbones], "github", disable_numparse=True))
     draw(curves, args.output / "matrix.png")
     print(f"wrote {args.output / 'runs.jsonl'} and {args.output / 'matrix.png'}")
 
