@@ -94,7 +94,7 @@ def cell(args: argparse.Namespace, detector: str, backbone: str, kind: str) -> t
 def draw(curves: dict[Key, list[tuple[int, float]]], path: Path) -> None:
     """AP50 over the iterations: for each detector a line for each backbone."""
     figure = Figure((14, 6), dpi=100, layout="constrained")
-    detectors, backbones = (dict.fromkeys(names) for names in list(zip(*curves))[:2])
+    detectors, backbones, _ = map(dict.fromkeys, zip(*curves))
     rows = min(2, len(detectors))
     columns = -(-len(detectors) // rows)
     grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flat
