@@ -18,6 +18,23 @@ def tiny(tmp_path_factory):
 
 
 @pytest.fixture
+def tiny_cfg(tiny, tmp_path):
+    """A small detector on the tiny data, for two iterations."""
+    from detbackbones import get_config
+
+    cfg = get_config("finetune/faster_rcnn.py")
+    for split in ("train", "val"):
+        cfg.dataset[f"{split}_json"] = f"{tiny}/{split}.json"
+        cfg.dataset[f"{split}_images"] = f"{tiny}/images/{split}"
+    cfg.dataset.update(train_sizes=[64], val_size=64)
+    cfg.model.backbone.bottom_up.update(model_name="test_resnet", pretrained=False)
+    cfg.dataloader.train.update(total_batch_size=2, num_workers=0)
+    cfg.dataloader.test.num_workers = 0
+    cfg.train.update(max_iter=2, pictures=1, log_period=1, output_dir=str(tmp_path / "run"))
+    return cfg
+
+
+@pytest.fixture
 def run_train_net():
     """Call `detbackbones train` in this process; the exit code is returned."""
     from detbackbones.cli import train

@@ -8,6 +8,10 @@ train.update(
     seed=0,  # of weights, order, augmentation and sampling; not negative
     amp=dict(enabled=False, dtype="bfloat16"),  # or float16, with a gradient scaler
     clip_grad=dict(enabled=False, params=dict(max_norm=1.0, norm_type=2.0)),
+    accumulation_steps=1,  # parts that a batch goes through the model in, to need less memory
+    model_ema=dict(enabled=False, decay=0.9998),  # what is evaluated: an average of the weights
+    best_metric=None,  # of model_best.pth, such as "bbox/AP50"; by default the evaluator's first
+    patience=None,  # evaluations without a better one, after which the training ends
     pictures=8,  # images drawn with their predictions after the last evaluation
     allow_partial=False,  # init_checkpoint may have less than half of the backbone
     allow_pickle=False,  # init_checkpoint may be one of detectron2's .pkl files

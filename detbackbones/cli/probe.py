@@ -24,8 +24,8 @@ from detectron2.config import instantiate
 
 from ..messages import first_line, one_of
 from ..training.log import logging_to
+from ..training.output import prepare_output
 from ..training.probe import draw, label, list_heads, probe, probe_config, table
-from ..training.run import prepare_output
 from ..weights import replacing
 from .program import fail, new_parser
 

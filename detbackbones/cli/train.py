@@ -18,7 +18,8 @@ from omegaconf import DictConfig
 
 from ..training.interrupt import Interrupted
 from ..training.log import RUN_ERRORS, logging_to
-from ..training.run import fit, prepare, reserved
+from ..training.output import reserved
+from ..training.run import fit, prepare
 from . import eval as evaluation
 from .launch import WRONG_INPUT, add_arguments, start
 from .program import fail, new_parser

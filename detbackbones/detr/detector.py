@@ -156,6 +156,10 @@ class TransformersDetector(NormalizesImages):
             losses |= {f"{kind}_dn_{i}": nothing for kind in kinds for i in range(layers)}
         return losses
 
+    def loss_divisor(self, batched_inputs: list[dict[str, Any]]) -> float:
+        """What the losses of a batch are divided by: its boxes, in the mean over the processes."""
+        return mean_per_process(sum(len(x["instances"]) for x in batched_inputs))
+
     def _frames(self, images: ImageList) -> list[tuple[int, int]]:
         """The (height, width) that the boxes of each image are fractions of."""
         if ARCHITECTURES[self.architecture].padded_boxes:

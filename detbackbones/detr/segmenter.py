@@ -13,6 +13,7 @@ from ..messages import one_of, whole_number
 from .architectures import SEGMENTERS, choose_levels, import_transformers
 from .build import build_model, checkpoint_layers
 from .images import NormalizesImages, check_classes, true_masks, upsampled
+from .processes import mean_per_process
 from .settings import build_config
 
 TASKS = ("instance", "semantic", "panoptic")
@@ -135,6 +136,11 @@ class TransformersSegmenter(NormalizesImages):
             class_labels=[classes for classes, _ in truth],
             auxiliary_predictions=outputs.auxiliary_logits,
         )
+
+    def loss_divisor(self, batched_inputs: list[dict[str, Any]]) -> float:
+        """What the losses of a batch's masks are divided by: their number, see PointLoss."""
+        truth = [self.prepare_targets(x, x["image"].shape[-2:]) for x in batched_inputs]
+        return mean_per_process(sum(len(classes) for classes, _ in truth))
 
     def prepare_targets(
         self, image: dict[str, Any], size: tuple[int, int]

@@ -1,15 +1,17 @@
-"""The training loop: mixed precision on any device, gradient clipping, exactly resumable."""
+"""The training loop: mixed precision, clipping, accumulation, an average; exactly resumable."""
 
+import contextlib
 import logging
 import random
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from detectron2.engine import SimpleTrainer
 from detectron2.modeling.meta_arch.dense_detector import DenseDetector
+from timm.utils import ModelEmaV3
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -38,9 +40,12 @@ def seed_step(seed: int, rank: int, iteration: int) -> None:
 class Trainer(SimpleTrainer):
     """detectron2's SimpleTrainer with mixed precision, clipping and a seed for each step.
 
-    Its state dict holds the optimizer, the gradient scaler and what the model keeps outside its own
-    state dict; the order of the data, the random numbers and the learning rate follow from the seed
-    and the iteration.
+    Its state dict holds the optimizer, the gradient scaler, the average of the weights and what the
+    model keeps outside its own state dict; the order of the data, the random numbers and the
+    learning rate follow from the seed and the iteration.
+
+    Attributes:
+        average: the moving average of the weights, or None.
     """
 
     def __init__(
@@ -54,6 +59,8 @@ class Trainer(SimpleTrainer):
         rank: int = 0,
         amp_dtype: str | None = None,
         clip_grad: dict[str, float] | None = None,
+        accumulation_steps: int = 1,
+        ema_decay: float | None = None,
     ):
         """
         Args:
@@ -65,6 +72,13 @@ class Trainer(SimpleTrainer):
             rank: this process.
             amp_dtype: "float16" (with a gradient scaler) or "bfloat16"; None is full precision.
             clip_grad: arguments of ``torch.nn.utils.clip_grad_norm_``, such as ``max_norm``.
+            accumulation_steps: in so many parts goes a batch through the model, one after the
+                other; the gradients are those of the whole batch. It must divide the batch's size.
+                A model whose losses are divided by another number than that of its images, such as
+                that of the boxes, has a method ``loss_divisor`` that gives it for a batch.
+            ema_decay: of timm's ``ModelEmaV3``, which averages the weights; at iteration n it is
+                at most 1 - n^(-2/3), or else the first weights would stay in the average for long.
+                None keeps no average.
 
         Raises:
             ValueError: for another ``amp_dtype``.
@@ -77,6 +91,15 @@ class Trainer(SimpleTrainer):
         self.amp_dtype = AMP_DTYPES.get(amp_dtype)
         self.scaler = torch.amp.GradScaler(device, enabled=amp_dtype == "float16")
         self.clip_grad = clip_grad
+        self.accumulation_steps = accumulation_steps
+        self.average = None
+        if ema_decay is not None:
+            self.average = ModelEmaV3(self.bare_model, ema_decay, use_warmup=True)
+
+    @property
+    def bare_model(self) -> nn.Module:
+        """The model without the wrapper of distributed training."""
+        return self.model.module if isinstance(self.model, DistributedDataParallel) else self.model
 
     def before_train(self) -> None:
         """Let the data start where training does."""
@@ -96,14 +119,8 @@ class Trainer(SimpleTrainer):
         data_time = time.perf_counter() - start
 
         seed_step(self.seed, self.rank, self.iter)
-        with torch.autocast(self.device, self.amp_dtype, enabled=self.amp_dtype is not None):
-            try:
-                losses = self.model(data)
-            except FloatingPointError as error:  # as detectron2 calls predictions of NaN
-                raise self._diverged(first_line(error).rstrip(".")) from error
-            total = sum(losses.values())
         self.optimizer.zero_grad()
-        self.scaler.scale(total).backward()
+        losses = self._accumulate(data)
         if self.clip_grad is not None:
             self.scaler.unscale_(self.optimizer)
             parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
@@ -115,13 +132,47 @@ class Trainer(SimpleTrainer):
             raise self._diverged(f"the loss is not finite ({values})") from error
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        if self.average is not None:
+            self.average.update(self.bare_model, step=self.iter + 1)
+
+    def _accumulate(self, data: Sequence) -> dict[str, torch.Tensor]:
+        """Add the gradients of a batch, part by part; returns its losses."""
+        size = len(data) // self.accumulation_steps
+        parts = [data[i * size : (i + 1) * size] for i in range(self.accumulation_steps)]
+        losses: dict[str, torch.Tensor] = {}
+        for part, share in zip(parts, self._shares(data, parts)):
+            with self._synchronizing(part is parts[-1]):
+                with torch.autocast(self.device, self.amp_dtype, enabled=bool(self.amp_dtype)):
+                    try:
+                        found = self.model(part)
+                    except FloatingPointError as error:  # as detectron2 calls predictions of NaN
+                        raise self._diverged(first_line(error).rstrip(".")) from error
+                    found = {name: share * loss for name, loss in found.items()}
+                self.scaler.scale(sum(found.values())).backward()
+            for name, loss in found.items():
+                losses[name] = losses.get(name, 0) + loss.detach()
+        return losses
+
+    def _shares(self, data: Sequence, parts: Sequence[Sequence]) -> list[float]:
+        """What the losses of each part are multiplied by, to add up to those of the batch."""
+        if len(parts) == 1:
+            return [1.0]
+        divisor = getattr(self.bare_model, "loss_divisor", len)
+        whole = divisor(data)
+        return [divisor(part) / whole for part in parts]
+
+    def _synchronizing(self, last: bool) -> contextlib.AbstractContextManager:
+        """Processes share the gradients of the last part of a batch alone, and so of all."""
+        if last or not isinstance(self.model, DistributedDataParallel):
+            return contextlib.nullcontext()
+        return self.model.no_sync()
 
     def _diverged(self, what: str) -> FloatingPointError:
         advice = "a lower optimizer.lr or train.clip_grad.enabled=True may help"
         return FloatingPointError(f"iteration {self.iter}: {what}: {advice}")
 
     def state_dict(self) -> dict[str, Any]:
-        """Iteration, optimizer, gradient scaler, seed and loss normalizers."""
+        """Iteration, optimizer, gradient scaler, seed, loss normalizers and the average."""
         state = super().state_dict()
         state.pop("hooks", None)  # the learning rate's is a function of the iteration
         normalizers = {
@@ -129,6 +180,8 @@ class Trainer(SimpleTrainer):
             for name, module in self._dense_detectors()
             if hasattr(module, "loss_normalizer")
         }
+        if self.average is not None:
+            state["ema"] = self.average.module.state_dict()
         scaler = self.scaler.state_dict()
         return {**state, "scaler": scaler, "seed": self.seed, "loss_normalizers": normalizers}
 
@@ -139,7 +192,7 @@ class Trainer(SimpleTrainer):
             state_dict: what :meth:`state_dict` gave in that run.
 
         Raises:
-            ValueError: if this run's seed is another.
+            ValueError: if this run's seed is another, or but one of the two has an average.
         """
         missing = {"seed", "scaler", "loss_normalizers"} - set(state_dict)
         if missing:
@@ -151,6 +204,14 @@ class Trainer(SimpleTrainer):
             raise ValueError(
                 f"train.seed={self.seed} must be {state_dict['seed']}, that of the interrupted run"
             )
+        averaged = "ema" in state_dict
+        if averaged != (self.average is not None):
+            raise ValueError(
+                f"train.model_ema.enabled={not averaged} must be {averaged}, as it was in the "
+                "interrupted run"
+            )
+        if self.average is not None:
+            self.average.module.load_state_dict(state_dict["ema"])
         super().load_state_dict(state_dict)
         if state_dict["scaler"]:  # empty where the interrupted run needed none
             self.scaler.load_state_dict(state_dict["scaler"])
@@ -160,5 +221,5 @@ class Trainer(SimpleTrainer):
 
     def _dense_detectors(self) -> list[tuple[str, DenseDetector]]:
         """RetinaNet and FCOS, which divide losses by a running mean that is no buffer of theirs."""
-        model = self.model.module if isinstance(self.model, DistributedDataParallel) else self.model
-        return [(n, m) for n, m in model.named_modules() if isinstance(m, DenseDetector)]
+        modules = self.bare_model.named_modules()
+        return [(name, module) for name, module in modules if isinstance(module, DenseDetector)]

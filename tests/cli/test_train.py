@@ -48,7 +48,10 @@ def words(tiny, output, config="faster_rcnn", *more):
 
 
 def weights(file):
-    return torch.load(file, weights_only=True)["model"]
+    """Those of a checkpoint, and their average if it has one."""
+    content = torch.load(file, weights_only=True)
+    average = content["trainer"].get("ema", {})
+    return content["model"] | {f"ema.{key}": value for key, value in average.items()}
 
 
 def same(first, second):
@@ -132,6 +135,11 @@ RESUMED = {
     "running mean": ("retinanet",),
     "denoising": ("rt_detr",),
     "dino": ("dino",),
+    "average, in parts": (
+        "dino",
+        "train.model_ema.enabled=True",
+        "train.accumulation_steps=2",
+    ),
     "points of masks": ("mask2former_instance", "model.config_kwargs.train_num_points=50"),
     "bfloat16": ("faster_rcnn", "train.amp.enabled=True"),
     "float16": (
@@ -219,16 +227,22 @@ def test_two_processes_train_like_one(tiny, run_train_net, tmp_path, launcher, a
 
 
 @pytest.mark.slow
-def test_two_processes_evaluate_what_they_write(tiny, tmp_path):
+@pytest.mark.parametrize("average", [False, True])
+def test_two_processes_evaluate_what_they_write(tiny, tmp_path, average):
     """Batch norm that learns has other running statistics in each of them."""
     bottom_up = "model.backbone.bottom_up"
     more = [f"{bottom_up}.norm=BN", f"{bottom_up}.freeze_at=0", "model.roi_heads.num_classes=2"]
     more += ["optimizer.lr=0.01", "train.max_iter=12", "--num-processes", 2]
+    more += [f"train.model_ema.enabled={average}", "train.eval_period=4"]
     assert start([*words(tiny, tmp_path), *more]).wait(timeout=600) == 0
     again = evaluate(load_config(str(tmp_path / "config.yaml")))["bbox"]
     assert again["AP50"] > 0
     for key in ("AP", "AP50", "AP-circle"):
         assert metrics(tmp_path)[f"bbox/{key}"] == pytest.approx(again[key], abs=1e-6)
+    best = torch.load(tmp_path / "model_best.pth", weights_only=True)
+    config = load_config(str(tmp_path / "config.yaml"))
+    config.train.init_checkpoint = str(tmp_path / "model_best.pth")
+    assert evaluate(config)["bbox"]["AP"] == pytest.approx(best["value"], abs=1e-6)
 
 
 @pytest.mark.slow

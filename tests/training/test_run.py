@@ -7,25 +7,14 @@ import re
 
 import pytest
 import torch
-from detbackbones import get_config
 from detbackbones.training import evaluate, train
 from detbackbones.training.log import logging_to
 from detbackbones.training.run import check_config
 
 
 @pytest.fixture
-def cfg(tiny, tmp_path):
-    """A small detector on the tiny data, for two iterations."""
-    cfg = get_config("finetune/faster_rcnn.py")
-    for split in ("train", "val"):
-        cfg.dataset[f"{split}_json"] = f"{tiny}/{split}.json"
-        cfg.dataset[f"{split}_images"] = f"{tiny}/images/{split}"
-    cfg.dataset.update(train_sizes=[64], val_size=64)
-    cfg.model.backbone.bottom_up.update(model_name="test_resnet", pretrained=False)
-    cfg.dataloader.train.update(total_batch_size=2, num_workers=0)
-    cfg.dataloader.test.num_workers = 0
-    cfg.train.update(max_iter=2, pictures=1, log_period=1, output_dir=str(tmp_path / "run"))
-    return cfg
+def cfg(tiny_cfg):
+    return tiny_cfg
 
 
 def test_a_config_is_trained_and_evaluated(cfg, tmp_path, capsys):

@@ -15,6 +15,7 @@ from detectron2.solver import WarmupParamScheduler
 from detectron2.utils.events import EventStorage
 from fvcore.common.param_scheduler import CosineParamScheduler
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 
 class Net(nn.Module):
@@ -62,6 +63,10 @@ def weights(trainer):
     return nn.utils.parameters_to_vector(trainer.model.parameters()).detach().clone()
 
 
+def average(trainer):
+    return nn.utils.parameters_to_vector(trainer.average.module.parameters()).detach().clone()
+
+
 def train(trainer, start, stop, max_iter=10):
     """Train from start to stop of a schedule of max_iter."""
     schedule = WarmupParamScheduler(CosineParamScheduler(1, 0), 0.1, 0.3)
@@ -88,6 +93,7 @@ class Stop(hooks.HookBase):
 @pytest.mark.parametrize("amp_dtype", [None, "bfloat16", "float16"])
 def test_an_interrupted_run_continues_exactly(optimizer, amp_dtype):
     settings = {"optimizer": optimizer, "amp_dtype": amp_dtype, "clip_grad": {"max_norm": 0.5}}
+    settings |= {"accumulation_steps": 3, "ema_decay": 0.9}
     whole = make(**settings)
     train(whole, 0, 10)
 
@@ -101,6 +107,8 @@ def test_an_interrupted_run_continues_exactly(optimizer, amp_dtype):
     assert bool(state["scaler"]) == (amp_dtype == "float16")
     train(second, second.iter + 1, 10)
     assert torch.equal(weights(second), weights(whole))
+    assert torch.equal(average(second), average(whole))
+    assert not torch.equal(average(whole), weights(whole))
 
 
 def test_the_seed_decides():
@@ -220,3 +228,80 @@ def test_progress(caplog):
     assert "img/s" not in lines[0] and "img/s" in lines[1] and "eta 0:00:00" in lines[1]
     assert lines[2].startswith("iter 3/3") and "total_loss 2.5" in lines[2]  # the median
     assert lines[2].endswith("MiB") or "GPU" in lines[2]
+
+
+def test_the_average_follows_the_weights():
+    """By the formula of its docstring, with the decay where that is less."""
+    trainer, expected = make(ema_decay=0.5), None
+    for n in range(4):
+        trainer.train(n, n + 1)
+        decay = min(0.5, 1 - (n + 1) ** (-2 / 3)) if n else 0
+        last = weights(trainer)
+        expected = last if expected is None else decay * expected + (1 - decay) * last
+        torch.testing.assert_close(average(trainer), expected)
+    assert not trainer.average.module.training
+    assert not torch.equal(average(trainer), weights(trainer))
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_an_average_is_of_the_whole_run(first):
+    state = make(ema_decay=0.9 if first else None).state_dict()
+    sentence = f"train.model_ema.enabled={not first} must be {first}, .* interrupted run$"
+    with pytest.raises(ValueError, match=sentence):
+        make(ema_decay=None if first else 0.9).load_state_dict(state)
+
+
+class Counting(nn.Module):
+    """A loss that is divided by the number of rows that are above 0."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.arange(4.0))
+
+    def loss_divisor(self, data):
+        return max((data[:, 0] > 0).sum().item(), 1)
+
+    def forward(self, data):
+        return {"loss": (data @ self.weight).square().sum() / self.loss_divisor(data)}
+
+
+def gradient(model, data, steps, **settings):
+    """The gradient of a batch in so many parts, and its losses."""
+    trainer = make(model, accumulation_steps=steps, **settings)
+    losses = trainer._accumulate(data)
+    return torch.cat([p.grad.flatten() for p in model.parameters()]), losses
+
+
+@pytest.mark.parametrize("model", [Net, Counting])
+def test_parts_of_a_batch_give_the_gradient_of_the_whole(model):
+    data = torch.randn(6, 4, generator=torch.Generator().manual_seed(3))
+    data[0, 0] = data[1, 0] = -1.0  # in the first part there is nothing to count
+    (one, losses), (other, others) = (gradient(model().eval(), data, steps) for steps in (1, 3))
+    torch.testing.assert_close(other, one, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(others, losses, rtol=1e-5, atol=1e-6)
+    assert one.norm() > 0.1
+
+
+def test_parts_of_a_batch_are_shared_between_processes_once(tmp_path):
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        shared = []
+        for steps in (1, 3):
+            calls = []
+            model = DistributedDataParallel(Counting())
+
+            def count(state, bucket, calls=calls):
+                calls.append(bucket.buffer().clone())
+                done = torch.futures.Future()
+                done.set_result(bucket.buffer())
+                return done
+
+            model.register_comm_hook(None, count)
+            data = torch.randn(6, 4, generator=torch.Generator().manual_seed(3))
+            gradient(model, data, steps)
+            assert len(calls) == 1
+            shared += calls
+        torch.testing.assert_close(shared[1], shared[0])
+    finally:
+        torch.distributed.destroy_process_group()

@@ -1,0 +1,117 @@
+"""What a training is made of: model, weights, data and optimizer, as a config says."""
+
+import copy
+import logging
+
+from detectron2.config import instantiate
+from detectron2.engine.defaults import create_ddp_model
+from detectron2.utils import comm
+from omegaconf import DictConfig
+from torch import nn
+
+from ..config import without_weights
+from ..messages import first_line
+from .agreement import check_channels, check_classes, check_fit, check_pixels
+from .checkpoint import Checkpointer, last_whole, load_init_checkpoint
+from .trainer import Trainer, seed_step
+
+logger = logging.getLogger(__name__)
+
+
+def build_trainer(cfg: DictConfig, *, loads_all: bool) -> Trainer:
+    """The model, its optimizer and its data, as the config says."""
+    settings, world_size = cfg.train, comm.get_world_size()
+    size, steps = cfg.dataloader.train.total_batch_size, settings.accumulation_steps
+    if size % (steps * world_size):
+        raise ValueError(
+            f"train.accumulation_steps={steps} must divide the {size // world_size} images that a "
+            "process has of a batch (dataloader.train.total_batch_size)"
+        )
+    seed_step(settings.seed, 0, 0)
+    loader = instantiate(cfg.dataloader.train)
+    instantiate(cfg.dataloader.test.dataset)  # a fault in these is to be found now
+    instantiate(cfg.dataloader.evaluator)
+    check_classes(cfg)
+    model = build_model(cfg, loads_all=loads_all)
+    optimizer_cfg = copy.deepcopy(cfg.optimizer)
+    optimizer_cfg.params.model = model
+    optimizer = instantiate(optimizer_cfg)
+    device_ids = [comm.get_local_rank()] if settings.device == "cuda" else None
+    return Trainer(
+        create_ddp_model(model, device_ids=device_ids, **settings.ddp),
+        loader,
+        optimizer,
+        device=settings.device,
+        seed=settings.seed,
+        rank=comm.get_rank(),
+        amp_dtype=settings.amp.dtype if settings.amp.enabled else None,
+        clip_grad=dict(settings.clip_grad.params) if settings.clip_grad.enabled else None,
+        accumulation_steps=steps,
+        ema_decay=settings.model_ema.decay if settings.model_ema.enabled else None,
+    )
+
+
+def build_model(cfg: DictConfig, *, loads_all: bool) -> nn.Module:
+    """The model on its device.
+
+    Args:
+        cfg: the config.
+        loads_all: a checkpoint will give all its weights, so that none are fetched for a backbone.
+    """
+    model_cfg = copy.deepcopy(cfg.model)
+    if loads_all and "backbone" in model_cfg:
+        model_cfg.backbone = without_weights(model_cfg.backbone)
+    check_pixels(cfg)
+    try:
+        model = instantiate(model_cfg)
+    except (ValueError, OSError, ImportError):
+        raise
+    except Exception as error:  # detectron2 asserts, and a foreign model may fail in any way
+        raise ValueError(
+            f"the model cannot be built as the config says: {type(error).__name__}, "
+            f"{first_line(error)}"
+        ) from error
+    check_channels(model, cfg)
+    return model.to(cfg.train.device)
+
+
+def last_checkpoint(folder: str) -> str | None:
+    """The checkpoint that all processes continue from, as the main one sees it."""
+    main = comm.is_main_process()
+    file = comm.all_gather(last_whole(folder) if main else None)[0]
+    if main and not file:
+        logger.warning("there is no checkpoint to continue from in %s", folder)
+    return file
+
+
+def load_weights(cfg: DictConfig, checkpointer: Checkpointer, file: str | None) -> None:
+    """Load a checkpoint of the run, or else ``train.init_checkpoint`` where it is set.
+
+    Args:
+        cfg: the config.
+        checkpointer: of the model.
+        file: the checkpoint.
+
+    Raises:
+        FileNotFoundError: if a file does not exist.
+        ValueError: if a checkpoint is damaged, or does not fit the model.
+    """
+    if file:
+        check_fit(checkpointer.model, file)
+        checkpointer.load(file)
+    elif init := cfg.train.init_checkpoint:
+        load_init_checkpoint(checkpointer.model, init, **_allowed(cfg))
+
+
+def load_trained(cfg: DictConfig, model: nn.Module, file: str) -> None:
+    """Load what a run has trained; of the weights and their average the average.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is damaged, or leaves a weight of the model as it was drawn.
+    """
+    load_init_checkpoint(model, file, whole=True, **_allowed(cfg))
+
+
+def _allowed(cfg: DictConfig) -> dict[str, bool]:
+    return {key: cfg.train[key] for key in ("allow_pickle", "allow_partial")}

@@ -1,0 +1,106 @@
+"""Evaluating a model: the metrics, their tables, and a picture of what is predicted."""
+
+import contextlib
+import io
+import logging
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from detectron2.config import instantiate
+from detectron2.data import MetadataCatalog
+from detectron2.evaluation import inference_on_dataset
+from detectron2.utils import comm
+from omegaconf import DictConfig
+from tabulate import tabulate
+from timm.utils import distribute_bn
+from torch import nn
+
+from .pictures import draw_predictions
+from .trainer import AMP_DTYPES
+
+logger = logging.getLogger(__name__)
+
+Results = dict[str, dict[str, float]]
+
+
+def evaluate_model(
+    cfg: DictConfig, model: nn.Module, before_batch: Callable[[], None] | None = None
+) -> Results:
+    """Evaluate a model on the test set, with autocast if training has it.
+
+    Batch norm that learns has other running statistics in each process. What is evaluated is what
+    the main process writes to its checkpoints.
+
+    Args:
+        cfg: the config.
+        model: the detector.
+        before_batch: is called before each batch.
+    """
+    if comm.get_world_size() > 1:
+        distribute_bn(model, comm.get_world_size())
+    amp = cfg.train.amp
+    dtype = AMP_DTYPES[amp.dtype] if amp.enabled else None
+    with torch.autocast(cfg.train.device, dtype, enabled=amp.enabled):
+        loader, evaluator = map(instantiate, (cfg.dataloader.test, cfg.dataloader.evaluator))
+        callbacks = {"before_inference": before_batch} if before_batch else None
+        with contextlib.redirect_stdout(io.StringIO()) as printed:  # by pycocotools
+            results = inference_on_dataset(model, loader, evaluator, callbacks)
+    logging.getLogger("detbackbones.evaluation").info("printed\n%s", printed.getvalue())
+    if comm.is_main_process():
+        logger.info("metrics\n%s", "\n\n".join(metric_tables(results)))
+    return results
+
+
+def metric_tables(results: Results) -> list[str]:
+    """A table of each task's metrics, and one of those that it has of classes, such as AP-cat.
+
+    What a class without a true box has is no number, and is left out.
+    """
+    tables = []
+    for task, metrics in without_nan(results).items():
+        if not isinstance(metrics, dict):  # an evaluator may give single numbers
+            metrics = {task: metrics}
+        whole = {name: value for name, value in metrics.items() if "-" not in name}
+        tables.append(_table([[task, *whole.values()]], ["", *whole]))
+        classes: dict[str, dict[str, float | None]] = {}
+        for name, value in metrics.items():
+            kind, dash, class_name = name.partition("-")
+            if dash:
+                classes.setdefault(class_name, {})[kind] = value
+        if classes:
+            kinds = [*next(iter(classes.values()))]
+            rows = [[name, *(row.get(kind) for kind in kinds)] for name, row in classes.items()]
+            tables.append(_table(rows, ["class", *kinds]))
+    return tables
+
+
+def _table(rows: list[list], headers: list[str]) -> str:
+    numbers = {"floatfmt": ".1f", "missingval": "-", "disable_numparse": [0]}
+    return tabulate(rows, headers, tablefmt="github", **numbers)
+
+
+def without_nan(results: Any) -> Any:
+    """The same with None for what is no number, which JSON has not."""
+    if isinstance(results, dict):
+        return {key: without_nan(value) for key, value in results.items()}
+    return None if isinstance(results, float) and math.isnan(results) else results
+
+
+def draw_pictures(cfg: DictConfig, model: nn.Module, name: str) -> list[Path]:
+    """Draw ground truth beside predictions; returns the file, if any pictures are asked for."""
+    dataset = instantiate(cfg.dataloader.test.dataset)
+    count = min(cfg.train.pictures, len(dataset))
+    images = [dataset[i * len(dataset) // count] for i in range(count)]
+    if not images:
+        return []
+    mapper = instantiate(cfg.dataloader.test.mapper)
+    model.eval()
+    with torch.no_grad():
+        predictions = [model([mapper(image)])[0] for image in images]
+    metadata = MetadataCatalog.get(instantiate(cfg.dataloader.test.dataset.names))
+    read = getattr(mapper, "picture", None)
+    path = Path(cfg.train.output_dir, name)
+    return [draw_predictions(images, predictions, metadata, path, read=read)]

@@ -1,0 +1,62 @@
+"""The folder of a run: for one run alone, and never overwritten without being asked."""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from detectron2.config import instantiate
+from omegaconf import DictConfig, OmegaConf
+
+from ..data.verify import verify_images
+from .lock import locked
+
+
+@contextlib.contextmanager
+def reserved(cfg: DictConfig, *, resume: bool = False, overwrite: bool = False) -> Iterator[None]:
+    """Have ``train.output_dir`` for one run alone, see :func:`prepare_output`.
+
+    With ``dataset.verify`` all images are read, before any other process waits for this one.
+
+    Raises:
+        FileExistsError: as there, or if another run is in progress in it.
+        ValueError: if an image is wrong.
+    """
+    with locked(Path(cfg.train.output_dir)):
+        prepare_output(cfg, resume=resume, overwrite=overwrite)
+        if OmegaConf.select(cfg, "dataset.verify"):
+            for part in (cfg.dataloader.train, cfg.dataloader.test):
+                verify_images(instantiate(part.dataset), instantiate(part.mapper))
+        yield
+
+
+def prepare_output(cfg: DictConfig, *, resume: bool = False, overwrite: bool = False) -> None:
+    """Make ``train.output_dir``; refuse one that holds another run unless asked.
+
+    Args:
+        cfg: the config.
+        resume: continue that run.
+        overwrite: delete the files of that run; other files of the folder stay.
+
+    Raises:
+        FileExistsError: if it does, and is neither to be continued nor replaced.
+    """
+    folder = Path(cfg.train.output_dir)
+    if not resume:
+        weights = ("last_checkpoint", "model_final.pth", "model_best.pth", "model_[0-9]*.pth")
+        run = _existing(folder, "config.yaml", "metrics.json", *weights)
+        if run and not overwrite:
+            raise FileExistsError(
+                f"train.output_dir={folder} holds a run already ({run[0].name}): choose another, "
+                "continue it with --resume (resume=True in Python), or replace it with "
+                "--overwrite (overwrite=True)"
+            )
+        if run:
+            pictures = ("predictions.png", "curves.png", "evaluation.json", "evaluation.png")
+            run += _existing(folder, "log.txt*", "events.out.tfevents.*", *pictures)
+        for path in run:
+            path.unlink()
+    folder.mkdir(parents=True, exist_ok=True)
+
+
+def _existing(folder: Path, *patterns: str) -> list[Path]:
+    return [path for pattern in patterns for path in folder.glob(pattern)]
