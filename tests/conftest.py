@@ -42,6 +42,17 @@ def run_train_net():
     return partial(run_main, train)
 
 
+@pytest.fixture
+def one_thread():
+    """As many as the programs have that a test starts: sums depend on it in their last bit."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="session")
 def wheel(tmp_path_factory):
     """The wheel of this checkout."""

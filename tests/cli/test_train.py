@@ -75,14 +75,6 @@ def finished(tiny, tmp_path_factory):
     return folder
 
 
-@pytest.fixture
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def metrics(folder):
     rows = [json.loads(line) for line in (folder / "metrics.json").read_text().splitlines()]
     return {key: value for row in rows for key, value in row.items()}
