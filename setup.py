@@ -43,6 +43,7 @@ setup(
         "timm>=1.0.31",  # of which every architecture has forward_intermediates
         "numpy",
         "pillow",
+        "hotcoco>=1.3",
         "safetensors",
         "tifffile",
         # Below: what detectron2 needs, which `detbackbones install-detectron2` itself installs.

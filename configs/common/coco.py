@@ -1,6 +1,6 @@
 """COCO, and the 1x schedule: 12 epochs with a batch of 16."""
 
-from detbackbones.data.coco import coco_evaluator
+from detbackbones.data.evaluator import CocoEvaluator
 from detbackbones.data.loader import build_train_loader
 from detbackbones.data.mapper import CheckedDatasetMapper
 from detectron2 import model_zoo
@@ -13,7 +13,7 @@ dataloader.train.seed = "${train.seed}"
 dataloader.train.mapper._target_ = CheckedDatasetMapper
 dataloader.train.mapper.image_format = "RGB"
 dataloader.test.mapper._target_ = CheckedDatasetMapper
-dataloader.evaluator._target_ = coco_evaluator
+dataloader.evaluator._target_ = CocoEvaluator
 
 optimizer = model_zoo.get_config("common/optim.py").SGD
 lr_multiplier = model_zoo.get_config("common/coco_schedule.py").lr_multiplier_1x

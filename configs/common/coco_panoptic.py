@@ -1,9 +1,9 @@
 """COCO with things and stuff, and the 1x schedule."""
 
+from detbackbones.data.evaluator import CocoEvaluator
 from detbackbones.data.panoptic import PanopticEvaluator
 from detbackbones.data.semantic import sem_seg_evaluator
 from detectron2.config import LazyCall as L
-from detectron2.evaluation import COCOEvaluator
 
 from .coco import dataloader, lr_multiplier, optimizer, train  # noqa: F401
 
@@ -11,5 +11,5 @@ dataloader.train.dataset.update(names="coco_2017_train_panoptic_separated", filt
 dataloader.test.dataset.names = "coco_2017_val_panoptic_separated"
 dataloader.evaluator = [
     L(evaluator)(dataset_name="${...test.dataset.names}")
-    for evaluator in (COCOEvaluator, sem_seg_evaluator, PanopticEvaluator)
+    for evaluator in (CocoEvaluator, sem_seg_evaluator, PanopticEvaluator)
 ]

@@ -5,7 +5,8 @@ r"""Train a detector from a LazyConfig, then evaluate it and draw what it predic
         dataset.val_json=val.json dataset.val_images=images
 
 The config is a file, or one that comes with the package, by its name. The output folder gets
-config.yaml, checkpoints, metrics.json, log.txt, predictions.png and curves.png.
+config.yaml, checkpoints, metrics.json, log.txt, and pictures: predictions.png, hardest.png,
+errors.png and curves.png.
 """
 
 import signal

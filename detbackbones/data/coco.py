@@ -7,10 +7,8 @@ import tempfile
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 from detectron2.data.datasets import load_coco_json
-from detectron2.evaluation import COCOEvaluator
 
 from ..messages import few, nearest, one_of
 from .coco_file import CocoFile, clip, read_coco, refuse
@@ -128,33 +126,6 @@ def _check_classes(coco: CocoFile, wanted: Sequence[str]) -> None:
             must = f"be a class of the training data, {few(wanted)}; those here are {few(names)}"
             refuse(coco.path, f"category {key}", "name", category["name"], must)
     coco.take_classes(wanted)
-
-
-def coco_evaluator(
-    dataset_name: str, max_dets_per_image: int | Sequence[int] | None = None, **kwargs: Any
-) -> COCOEvaluator:
-    """detectron2's COCOEvaluator, whose ``max_dets_per_image`` may be COCO's three numbers.
-
-    Args:
-        dataset_name: a dataset that ``register_coco`` or detectron2 registered.
-        max_dets_per_image: for AR at three limits, the last that of AP; a number is the last one.
-        kwargs: of detectron2's ``COCOEvaluator``.
-
-    Raises:
-        ValueError: if they are not three whole numbers that grow.
-    """
-    limits = max_dets_per_image
-    if limits is None or isinstance(limits, int):
-        return COCOEvaluator(dataset_name, max_dets_per_image=limits, **kwargs)
-    limits = list(limits)
-    whole = all(type(limit) is int and limit > 0 for limit in limits)
-    if not whole or len(limits) != 3 or sorted(limits) != limits:
-        raise ValueError(
-            f"max_dets_per_image={limits} must be a whole number from 1, or three that grow"
-        )
-    evaluator = COCOEvaluator(dataset_name, max_dets_per_image=limits[-1], **kwargs)
-    evaluator._max_dets_per_image = limits  # its constructor has 1 and 10 for the others
-    return evaluator
 
 
 @cache

@@ -18,6 +18,8 @@ from tabulate import tabulate
 from timm.utils import distribute_bn
 from torch import nn
 
+from ..data.evaluator import CocoEvaluator
+from .errors import draw_errors
 from .pictures import draw_predictions
 from .trainer import AMP_DTYPES
 
@@ -28,7 +30,7 @@ Results = dict[str, dict[str, float]]
 
 def evaluate_model(
     cfg: DictConfig, model: nn.Module, before_batch: Callable[[], None] | None = None
-) -> Results:
+) -> tuple[Results, CocoEvaluator | None]:
     """Evaluate a model on the test set, with autocast if training has it.
 
     Batch norm that learns has other running statistics in each process. What is evaluated is what
@@ -38,6 +40,9 @@ def evaluate_model(
         cfg: the config.
         model: the detector.
         before_batch: is called before each batch.
+
+    Returns:
+        the metrics, and the evaluator of objects if the config has one.
     """
     if comm.get_world_size() > 1:
         distribute_bn(model, comm.get_world_size())
@@ -46,12 +51,14 @@ def evaluate_model(
     with torch.autocast(cfg.train.device, dtype, enabled=amp.enabled):
         loader, evaluator = map(instantiate, (cfg.dataloader.test, cfg.dataloader.evaluator))
         callbacks = {"before_inference": before_batch} if before_batch else None
-        with contextlib.redirect_stdout(io.StringIO()) as printed:  # by pycocotools
+        with contextlib.redirect_stdout(io.StringIO()) as printed:  # by hotcoco
             results = inference_on_dataset(model, loader, evaluator, callbacks)
     logging.getLogger("detbackbones.evaluation").info("printed\n%s", printed.getvalue())
     if comm.is_main_process():
         logger.info("metrics\n%s", "\n\n".join(metric_tables(results)))
-    return results
+    evaluators = evaluator if isinstance(evaluator, list) else [evaluator]
+    of_objects = (x for x in evaluators if isinstance(x, CocoEvaluator))
+    return results, next(of_objects, None)
 
 
 def metric_tables(results: Results) -> list[str]:
@@ -89,18 +96,43 @@ def without_nan(results: Any) -> Any:
     return None if isinstance(results, float) and math.isnan(results) else results
 
 
-def draw_pictures(cfg: DictConfig, model: nn.Module, name: str) -> list[Path]:
-    """Draw ground truth beside predictions; returns the file, if any pictures are asked for."""
+def draw_pictures(
+    cfg: DictConfig, model: nn.Module, evaluator: CocoEvaluator | None, prefix: str = ""
+) -> list[Path]:
+    """Draw ground truth beside predictions, of some images and of the hardest, and the errors.
+
+    Args:
+        cfg: the config; ``train.pictures`` says how many images, and 0 none.
+        model: the detector.
+        evaluator: of its objects.
+        prefix: of the files' names.
+
+    Returns:
+        the files.
+    """
+    folder, count = Path(cfg.train.output_dir), cfg.train.pictures
     dataset = instantiate(cfg.dataloader.test.dataset)
-    count = min(cfg.train.pictures, len(dataset))
-    images = [dataset[i * len(dataset) // count] for i in range(count)]
-    if not images:
+    count = min(count, len(dataset))
+    if not count:
         return []
+    for name in ("errors", "hardest"):  # which may have no successors
+        (folder / f"{prefix}{name}.png").unlink(missing_ok=True)
+    shown = [dataset[i * len(dataset) // count] for i in range(count)]
+    files = [_draw(cfg, model, shown, folder / f"{prefix}predictions.png")]
+    if evaluator and evaluator.evaluations:
+        files.append(draw_errors(evaluator.evaluations, folder / f"{prefix}errors.png"))
+        by_id = {image["image_id"]: image for image in dataset}
+        hardest = [by_id[key] for key in evaluator.hardest_images(count) if key in by_id]
+        if hardest:
+            files.append(_draw(cfg, model, hardest, folder / f"{prefix}hardest.png"))
+    return files
+
+
+def _draw(cfg: DictConfig, model: nn.Module, images: list[dict], path: Path) -> Path:
     mapper = instantiate(cfg.dataloader.test.mapper)
     model.eval()
     with torch.no_grad():
         predictions = [model([mapper(image)])[0] for image in images]
     metadata = MetadataCatalog.get(instantiate(cfg.dataloader.test.dataset.names))
     read = getattr(mapper, "picture", None)
-    path = Path(cfg.train.output_dir, name)
-    return [draw_predictions(images, predictions, metadata, path, read=read)]
+    return draw_predictions(images, predictions, metadata, path, read=read)

@@ -51,8 +51,9 @@ def prepare_output(cfg: DictConfig, *, resume: bool = False, overwrite: bool = F
                 "--overwrite (overwrite=True)"
             )
         if run:
-            pictures = ("predictions.png", "curves.png", "evaluation.json", "evaluation.png")
+            pictures = ("predictions.png", "errors.png", "hardest.png", "curves.png")
             run += _existing(folder, "log.txt*", "events.out.tfevents.*", *pictures)
+            run += _existing(folder, "evaluation.json", "evaluation_*.png")
         for path in run:
             path.unlink()
     folder.mkdir(parents=True, exist_ok=True)

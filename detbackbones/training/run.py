@@ -76,7 +76,8 @@ def evaluate(cfg: DictConfig) -> Results:
     """Evaluate ``train.init_checkpoint``, or else the last checkpoint in ``train.output_dir``.
 
     The metrics and the checkpoint's name are written to ``evaluation.json`` in that folder, and
-    what is predicted is drawn in ``evaluation.png``; an earlier evaluation's are replaced.
+    what is predicted and what is wrong is drawn in ``evaluation_predictions.png``,
+    ``evaluation_errors.png`` and ``evaluation_hardest.png``; an earlier evaluation's are replaced.
 
     Args:
         cfg: as of :func:`train`.
@@ -100,12 +101,12 @@ def evaluate(cfg: DictConfig) -> Results:
                 "train.init_checkpoint is empty"
             )
         load_trained(cfg, model, file)
-        results = evaluate_model(cfg, model)
+        results, evaluator = evaluate_model(cfg, model)
         if comm.is_main_process():
             metrics = Path(folder, "evaluation.json")
             content = {"checkpoint": file, **without_nan(results)}
             metrics.write_text(json.dumps(content, indent=1) + "\n")
-            log_files([metrics, *draw_pictures(cfg, model, "evaluation.png")])
+            log_files([metrics, *draw_pictures(cfg, model, evaluator, "evaluation_")])
         return results
 
 
@@ -199,6 +200,7 @@ def fit(run: Run) -> Results:
     cfg, settings, trainer = run.cfg, run.cfg.train, run.trainer
     folder, main = Path(settings.output_dir), comm.is_main_process()
     results: Results = {}
+    evaluator = None
     interrupt = InterruptHook(run.checkpointer.save)
     keep = settings.checkpointer.max_to_keep
     saving = hooks.PeriodicCheckpointer(
@@ -214,7 +216,9 @@ def fit(run: Run) -> Results:
     missed = comm.all_gather(missed)[0]  # as the main process sees it
 
     def evaluation() -> Results:
-        results.update(evaluate_model(cfg, run.evaluated, interrupt.check))
+        nonlocal evaluator
+        found, evaluator = evaluate_model(cfg, run.evaluated, interrupt.check)
+        results.update(found)
         best.update(results, min(get_event_storage().iter, settings.max_iter - 1))
         return results
 
@@ -248,9 +252,10 @@ def fit(run: Run) -> Results:
         trainer.iter = end.iteration
         run.checkpointer.save("model_final", iteration=end.iteration)
         if end.iteration < run.start_iter and not missed:  # what is continued had ended
-            results.update(evaluate_model(cfg, run.evaluated))
+            found, evaluator = evaluate_model(cfg, run.evaluated)
+            results.update(found)
     if main:
-        written = draw_pictures(cfg, run.evaluated, "predictions.png")
+        written = draw_pictures(cfg, run.evaluated, evaluator)
         written.append(draw_curves(folder / "metrics.json", folder / "curves.png"))
         names = ["model_final.pth", BEST, "metrics.json", "config.yaml", "log.txt"]
         log_files([*written, *(folder / name for name in names if (folder / name).is_file())])

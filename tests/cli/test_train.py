@@ -117,8 +117,9 @@ def test_eval_only_repeats_the_metrics(finished, tiny, run_train_net, tmp_path, 
     for name, value in written["bbox"].items():  # nan is null there
         value = float("nan") if value is None else value
         assert value == pytest.approx(before[f"bbox/{name}"], abs=1e-4, nan_ok=True)
-    assert Image.open(tmp_path / "evaluation.png").size[0] > 500
-    assert f"wrote {tmp_path}/evaluation.json, {tmp_path}/evaluation.png\n" in out
+    assert Image.open(tmp_path / "evaluation_predictions.png").size[0] > 500
+    wrote = ("evaluation.json", "evaluation_predictions.png", "evaluation_errors.png")
+    assert f"wrote {', '.join(f'{tmp_path}/{name}' for name in wrote)}" in out
 
 
 RESUMED = {

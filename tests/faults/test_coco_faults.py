@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from detbackbones.data.coco import coco_evaluator, register_coco
+from detbackbones.data.coco import register_coco
+from detbackbones.data.evaluator import CocoEvaluator
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.evaluation import COCOEvaluator
 from detectron2.structures import Boxes, Instances
 from PIL import Image
 from pycocotools import mask as mask_util
@@ -238,7 +238,7 @@ def test_wrong_masks_leave_the_boxes(folder, spoil, caplog):
 
 def perfect(name=None, evaluator=None):
     """The metrics of predictions that are the truth."""
-    evaluator = evaluator or COCOEvaluator(name, tasks=("bbox",))
+    evaluator = evaluator or CocoEvaluator(name, tasks=("bbox",))
     evaluator.reset()
     for record in DatasetCatalog.get(name or evaluator._metadata.name):
         found = Instances((record["height"], record["width"]))
@@ -416,5 +416,5 @@ def test_short_polygons_beside_good_ones_are_left_out(folder, mask, caplog):
 
 @pytest.mark.parametrize("limits", [None, 50, [1, 10, 100], [2, 5, 7]])
 def test_detections_are_limited_as_coco_does(folder, limits):
-    evaluator = coco_evaluator(register(folder, coco()), limits, tasks=("bbox",))
+    evaluator = CocoEvaluator(register(folder, coco()), limits, tasks=("bbox",))
     assert perfect(evaluator=evaluator)["AP"] == pytest.approx(100)

@@ -7,7 +7,7 @@ import re
 import pytest
 import yaml
 from detbackbones import get_config, list_configs, load_config
-from detbackbones.data.coco import coco_evaluator
+from detbackbones.data.evaluator import CocoEvaluator
 from detbackbones.training.agreement import frozen_at_random
 from detbackbones.training.run import check_config
 from detectron2.config import LazyConfig, instantiate
@@ -348,4 +348,4 @@ def test_random_weights_that_are_frozen_are_said(change, said, name):
 @pytest.mark.parametrize("limits", [[1, 10], [1, 10, 100, 300], [10, 1, 100], [0, 1, 2], ["a"] * 3])
 def test_wrong_limits_of_detections_are_refused(limits):
     with pytest.raises(ValueError, match="max_dets_per_image=.* must be a whole number from 1, or"):
-        coco_evaluator("coco_2017_val", limits)
+        CocoEvaluator("coco_2017_val", limits)

@@ -1,0 +1,115 @@
+"""COCO's metrics, computed by hotcoco: pycocotools' numbers to the last digit, sooner."""
+
+import logging
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import hotcoco
+from detectron2.evaluation import COCOEvaluator
+
+logger = logging.getLogger(__name__)
+
+
+class CocoEvaluator(COCOEvaluator):
+    """detectron2's ``COCOEvaluator`` with hotcoco in place of pycocotools.
+
+    Attributes:
+        evaluations: of the last evaluation by task, hotcoco's ``COCOeval``, which also has
+            confusion matrices and errors by image; none where nothing was found.
+    """
+
+    def __init__(
+        self,
+        dataset_name: str,
+        max_dets_per_image: int | Sequence[int] | None = None,
+        **kwargs: Any,
+    ):
+        """
+        Args:
+            dataset_name: a dataset that ``register_coco`` or detectron2 registered.
+            max_dets_per_image: COCO's three limits for AR, the last also that of AP; a number is
+                the last one.
+            kwargs: of detectron2's ``COCOEvaluator``.
+
+        Raises:
+            ValueError: if the limits are not three whole numbers that grow.
+        """
+        limits = max_dets_per_image
+        if isinstance(limits, int):
+            limits = [1, min(10, limits), limits]
+        limits = [1, 10, 100] if limits is None else list(limits)
+        whole = all(type(limit) is int and limit > 0 for limit in limits)
+        if not whole or len(limits) != 3 or sorted(limits) != limits:
+            raise ValueError(
+                f"max_dets_per_image={max_dets_per_image} must be a whole number from 1, or three "
+                "that grow"
+            )
+        super().__init__(dataset_name, max_dets_per_image=limits[-1], **kwargs)
+        self._max_dets_per_image = limits  # detectron2 has 1 and 10, also where the last is less
+        self.evaluations: dict[str, hotcoco.COCOeval] = {}
+        # hotcoco wants numbers; in this order equal scores come as they do with pycocotools
+        self._numbers = {key: i for i, key in enumerate(sorted(self._coco_api.imgs), 1)}
+        self._truth = self._numbered() if self._do_evaluation else None
+
+    def _numbered(self) -> hotcoco.COCO:
+        """The ground truth with the images numbered."""
+        data = dict(self._coco_api.dataset)
+        for section, key in (("images", "id"), ("annotations", "image_id")):
+            here = (x for x in data[section] if x[key] in self._numbers)
+            data[section] = [{**x, key: self._numbers[x[key]]} for x in here]
+        return hotcoco.COCO(data)
+
+    def reset(self) -> None:
+        """Forget the predictions."""
+        super().reset()
+        self.evaluations = {}
+
+    def hardest_images(self, count: int) -> list[Any]:
+        """The ids of the images in which most is wrong, the worst first.
+
+        They have the least F1 of detections with scores from 0.5 and an IoU from 0.5, of masks
+        where there are masks. Images in which all is right are none of them.
+        """
+        if not self.evaluations:
+            return []
+        task = sorted(self.evaluations)[-1]
+        found = self.evaluations[task].image_diagnostics(score_thr=0.5)["img_summary"]
+        wrong = {key: x for key, x in found.items() if x["fp"] or x["fn"]}
+        ids = {number: key for key, number in self._numbers.items()}
+        worst = sorted(wrong, key=lambda key: (wrong[key]["f1"], -wrong[key]["fn"], key))
+        return [ids[number] for number in worst[:count]]
+
+    def _eval_predictions(
+        self, predictions: list[dict[str, Any]], img_ids: Sequence[int] | None = None
+    ) -> None:
+        """Fill the results; what hotcoco does not compute here is detectron2's."""
+        found = [result for image in predictions for result in image["instances"]]
+        tasks = sorted(self._tasks or self._tasks_from_predictions(found))
+        names = self._metadata.get("thing_classes")
+        if not found or not self._do_evaluation or self._output_dir or "keypoints" in tasks:
+            super()._eval_predictions(predictions, img_ids)
+            return
+        ids = self._metadata.get("thing_dataset_id_to_contiguous_id", {})
+        original = {number: key for key, number in ids.items()}
+        for result in found:
+            result["category_id"] = original.get(result["category_id"], result["category_id"])
+        for task in tasks:
+            self.evaluations[task] = self._evaluate(task, found, img_ids)
+            self._results[task] = self._derive_coco_results(self.evaluations[task], task, names)
+
+    def _evaluate(
+        self, task: str, found: list[dict[str, Any]], img_ids: Sequence[int] | None
+    ) -> hotcoco.COCOeval:
+        found = [{**result, "image_id": self._numbers[result["image_id"]]} for result in found]
+        if task == "segm":  # or the size of an object would be that of its box
+            for result in found:
+                del result["bbox"]
+        evaluation = hotcoco.COCOeval(self._truth, self._truth.load_res(found), task)
+        evaluation.params.max_dets = self._max_dets_per_image
+        if img_ids is not None:
+            evaluation.params.img_ids = [self._numbers[key] for key in img_ids]
+        with warnings.catch_warnings():  # of limits that are asked for
+            warnings.filterwarnings("ignore", "hotcoco: max_dets")
+            evaluation.run()
+        return evaluation
