@@ -45,6 +45,7 @@ setup(
         "pillow",
         "hotcoco>=1.3",
         "safetensors",
+        "shapely",  # by which detectron2 crops polygons
         "tifffile",
         # Below: what detectron2 needs, which `detbackbones install-detectron2` itself installs.
         "cloudpickle",
@@ -64,7 +65,7 @@ setup(
         "yacs>=0.1.8",
     ],
     extras_require={
-        "detr": ["scipy", "shapely", "transformers>=5.23"],
+        "detr": ["scipy", "transformers>=5.23"],
         "docs": ["mkdocs-material", "mkdocstrings[python]"],
         "test": ["playwright", "pytest", "pytest-xdist", "ruff", "scikit-image"],
     },

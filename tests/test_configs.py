@@ -130,6 +130,8 @@ def load(tiny, datasets, tmp_path):
         )
         if "out_channels" in cfg.model.backbone:
             cfg.model.backbone.out_channels = 64
+        if "train_sizes" in cfg.get("dataset", {}):
+            cfg.dataset.train_sizes = [64]
         for augmentation in cfg.dataloader.train.mapper.augmentations:
             if "target_height" in augmentation:
                 augmentation.update(target_height=64, target_width=64)

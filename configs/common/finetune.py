@@ -1,5 +1,6 @@
 """One's own data, and a schedule for a small data set on one GPU or a CPU."""
 
+from detbackbones.data.augmentation import build_augmentations
 from detbackbones.data.coco import register_coco
 from detectron2.config import LazyCall as L
 from detectron2.solver import WarmupParamScheduler
@@ -21,6 +22,13 @@ dataset = dict(
     train_sizes=[256, 288, 320],  # length of an image's shorter side in pixels, drawn from these
     val_size=288,
     max_size=640,  # of the longer side
+    augmentation=dict(  # besides resizing and flipping; see build_augmentations
+        scale_jitter=None,  # such as [0.5, 2.0], in squares of the largest of train_sizes
+        crop=0.0,  # probability
+        zoom_out=0.0,  # probability
+        color=0.0,  # strength, such as 0.4
+        upright=True,  # False for pictures without an up, such as micrographs
+    ),
 )
 
 dataloader.train.dataset.names = L(register_coco)(
@@ -37,8 +45,10 @@ dataloader.test.dataset.names = L(register_coco)(
 for loader in (dataloader.train, dataloader.test):
     loader.mapper.update(channels="${dataset.channels}", max_value="${dataset.max_value}")
 del loader  # or it would be a part of the config
-dataloader.train.mapper.augmentations[0].update(
-    short_edge_length="${dataset.train_sizes}", max_size="${dataset.max_size}"
+dataloader.train.mapper.augmentations = L(build_augmentations)(
+    sizes="${dataset.train_sizes}",
+    max_size="${dataset.max_size}",
+    **{key: f"${{dataset.augmentation.{key}}}" for key in dataset["augmentation"]},
 )
 dataloader.test.mapper.augmentations[0].update(
     short_edge_length="${dataset.val_size}", max_size="${dataset.max_size}"

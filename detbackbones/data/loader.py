@@ -147,6 +147,10 @@ class TrainLoader(DataLoader):
         """The iteration whose batch each new iterator gives first; 0 unless set."""
         return self.batch_sampler.start_iter
 
+    def first_batch(self) -> list[dict]:
+        """The batch of ``start_iter``, loaded in this process."""
+        return [self.dataset[key] for key in next(iter(self.batch_sampler))]
+
     @start_iter.setter
     def start_iter(self, iteration: int) -> None:
         if iteration < 0:

@@ -115,7 +115,9 @@ class CheckedDatasetMapper(DatasetMapper):
         if "annotations" in sample:
             sample["annotations"] = [dict(annotation) for annotation in sample["annotations"]]
         image, labels = self.read(sample)
-        inputs = QuickAugInput(image, sem_seg=labels)
+        inputs = QuickAugInput(
+            image, boxes=_boxes(sample) if self.is_train else None, sem_seg=labels
+        )
         transforms = self.augmentations(inputs)
         height, width = image.shape[:2]
         sample.update(height=height, width=width)  # boxes are mapped back to it
@@ -125,22 +127,24 @@ class CheckedDatasetMapper(DatasetMapper):
         if not self.is_train:
             sample.pop("annotations", None)
         elif "annotations" in sample:
-            self._transform_annotations(sample, quick(transforms), inputs.image.shape[:2])
+            self._transform_annotations(
+                sample, inputs.boxes, quick(transforms), inputs.image.shape[:2]
+            )
         return sample
 
     def _transform_annotations(
-        self, dataset_dict: dict, transforms: T.TransformList, image_shape: tuple[int, int]
+        self,
+        dataset_dict: dict,
+        boxes: np.ndarray,
+        transforms: T.TransformList,
+        image_shape: tuple[int, int],
     ) -> None:
-        """What detectron2 does, with all boxes at once, and empty masks left out early."""
+        """What detectron2 does, with boxes that are transformed, and empty masks left out early."""
         annotations = [x for x in dataset_dict.pop("annotations") if not x.get("iscrowd", 0)]
-        xyxy = BoxMode.XYXY_ABS
-        boxes = [BoxMode.convert(x["bbox"], x["bbox_mode"], xyxy) for x in annotations]
         height, width = image_shape
-        boxes = transforms.apply_box(np.array(boxes, dtype=float).reshape(-1, 4))
-        boxes = boxes.clip(0, (width, height, width, height))
         kept = []
-        for annotation, box in zip(annotations, boxes):
-            annotation.update(bbox=box, bbox_mode=xyxy)
+        for annotation, box in zip(annotations, boxes.clip(0, (width, height, width, height))):
+            annotation.update(bbox=box, bbox_mode=BoxMode.XYXY_ABS)
             if self.use_instance_mask and "segmentation" in annotation:
                 mask = _transform_mask(annotation["segmentation"], transforms)
                 if isinstance(mask, np.ndarray) and not mask.any():
@@ -166,6 +170,15 @@ class CheckedDatasetMapper(DatasetMapper):
         dataset_dict["instances"] = instances if full.all() else instances[full]
 
 
+def _boxes(sample: dict) -> np.ndarray | None:
+    """The boxes (n, 4) of the objects that are no crowds, as corners."""
+    if "annotations" not in sample:
+        return None
+    objects = [x for x in sample["annotations"] if not x.get("iscrowd", 0)]
+    boxes = [BoxMode.convert(x["bbox"], x["bbox_mode"], BoxMode.XYXY_ABS) for x in objects]
+    return np.array(boxes, dtype=float).reshape(-1, 4)
+
+
 def _transform_mask(
     mask: list | dict | np.ndarray, transforms: T.TransformList
 ) -> list[np.ndarray] | np.ndarray:
@@ -174,4 +187,4 @@ def _transform_mask(
         polygons = [np.asarray(polygon).reshape(-1, 2) for polygon in mask]
         return [polygon.reshape(-1) for polygon in transforms.apply_polygons(polygons)]
     bits = mask_util.decode(mask) if isinstance(mask, dict) else mask
-    return transforms.apply_segmentation(bits).astype(np.bool_, copy=False)
+    return transforms.apply_segmentation(bits.astype(np.uint8, copy=False)) == 1  # 255 is padding

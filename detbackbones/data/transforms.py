@@ -30,7 +30,7 @@ def quick(transform: T.Transform) -> T.Transform:
 
 
 class QuickAugInput(T.AugInput):
-    """detectron2's ``AugInput`` with :func:`quick` transforms."""
+    """detectron2's ``AugInput`` with :func:`quick` transforms, of which boxes stay in the image."""
 
     def transform(self, tfm: T.Transform) -> None:
         """Transform the image, the boxes and the label map.
@@ -38,7 +38,20 @@ class QuickAugInput(T.AugInput):
         Args:
             tfm: any transform.
         """
+        label_map, self.sem_seg = self.sem_seg, None
         super().transform(quick(tfm))
+        if self.boxes is not None:  # or what is cropped off would be back where an image is padded
+            height, width = self.image.shape[:2]
+            self.boxes = self.boxes.clip(0, (width, height, width, height))
+        if label_map is not None:
+            self.sem_seg = _transform_label_map(label_map, quick(tfm))
+
+
+def _transform_label_map(label_map: np.ndarray, transform: T.Transform) -> np.ndarray:
+    """What comes from outside of the picture is in no class, and not in the first."""
+    if isinstance(transform, T.RotationTransform | T.ExtentTransform):  # which fill with 0
+        return 255 - transform.apply_segmentation(255 - label_map)
+    return transform.apply_segmentation(label_map)
 
 
 class QuickResize(T.ResizeTransform):

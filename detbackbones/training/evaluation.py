@@ -4,7 +4,7 @@ import contextlib
 import io
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,9 @@ from timm.utils import distribute_bn
 from torch import nn
 
 from ..data.evaluator import CocoEvaluator
+from ..data.loader import TrainLoader
 from .errors import draw_errors
-from .pictures import draw_predictions
+from .pictures import draw_batch, draw_predictions
 from .trainer import AMP_DTYPES
 
 logger = logging.getLogger(__name__)
@@ -122,10 +123,28 @@ def draw_pictures(
     if evaluator and evaluator.evaluations:
         files.append(draw_errors(evaluator.evaluations, folder / f"{prefix}errors.png"))
         by_id = {image["image_id"]: image for image in dataset}
-        hardest = [by_id[key] for key in evaluator.hardest_images(count) if key in by_id]
+        hardest = [by_id[key] for key in evaluator.hardest_images(-(-count // 2)) if key in by_id]
         if hardest:
             files.append(_draw(cfg, model, hardest, folder / f"{prefix}hardest.png"))
     return files
+
+
+def draw_first_batch(cfg: DictConfig, loader: Iterable) -> list[Path]:
+    """Draw what the first batch of a training shows the model, ``train.pictures`` at most.
+
+    Args:
+        cfg: the config.
+        loader: of batches; of another kind than :class:`TrainLoader` nothing is drawn.
+
+    Returns:
+        the file.
+    """
+    if not cfg.train.pictures or not isinstance(loader, TrainLoader):
+        return []
+    batch = loader.first_batch()[: cfg.train.pictures]
+    metadata = MetadataCatalog.get(instantiate(cfg.dataloader.train.dataset.names))
+    bgr = cfg.dataloader.train.mapper.get("image_format") == "BGR"
+    return [draw_batch(batch, metadata, Path(cfg.train.output_dir, "batch.png"), bgr)]
 
 
 def _draw(cfg: DictConfig, model: nn.Module, images: list[dict], path: Path) -> Path:

@@ -51,7 +51,7 @@ def prepare_output(cfg: DictConfig, *, resume: bool = False, overwrite: bool = F
                 "--overwrite (overwrite=True)"
             )
         if run:
-            pictures = ("predictions.png", "errors.png", "hardest.png", "curves.png")
+            pictures = ("batch.png", "predictions.png", "errors.png", "hardest.png", "curves.png")
             run += _existing(folder, "log.txt*", "events.out.tfevents.*", *pictures)
             run += _existing(folder, "evaluation.json", "evaluation_*.png")
         for path in run:

@@ -1,4 +1,4 @@
-"""Pictures of what a model predicts, beside the ground truth."""
+"""Pictures of what a model learns from, and of what it predicts beside the ground truth."""
 
 import itertools
 from collections.abc import Callable, Sequence
@@ -9,7 +9,7 @@ import numpy as np
 from detectron2.data import Metadata
 from detectron2.data.detection_utils import annotations_to_instances
 from detectron2.data.transforms import ResizeTransform
-from detectron2.structures import Instances
+from detectron2.structures import BitMasks, Instances, PolygonMasks
 from detectron2.utils.colormap import colormap
 from detectron2.utils.visualizer import Visualizer
 from matplotlib.figure import Figure
@@ -70,9 +70,7 @@ def draw_predictions(
             f"images and predictions must be of one length, at least 1; got {len(images)} and "
             f"{len(predictions)}"
         )
-    names = [*metadata.get("thing_classes", []), *metadata.get("stuff_classes", [])]
-    bright = dict.fromkeys(tuple(c) for c in colormap(rgb=True, maximum=1) if np.ptp(c) > 0.3)
-    colors = dict(zip(dict.fromkeys(names), itertools.cycle(bright)))
+    colors = _colors(metadata)
     rows, drawn = [], set()
     for image, prediction in zip(images, predictions):
         pixels = read(image) if read else read_image(image["file_name"])
@@ -84,7 +82,63 @@ def draw_predictions(
         sides = [[r for r in side if r.name not in UNPAINTED] for side in (truth, predicted)]
         drawn.update(region.name for side in sides for region in side)
         rows.append([_draw(pixels, side, colors) for side in sides])
-    return _save(rows, {name: colors[name] for name in colors if name in drawn}, path)
+    legend = {name: colors[name] for name in colors if name in drawn}
+    return _save(rows, ("ground truth", "prediction"), legend, path)
+
+
+def draw_batch(
+    samples: Sequence[dict[str, Any]], metadata: Metadata, path: str | Path, bgr: bool = False
+) -> Path:
+    """Draw images as the model gets them to learn from, augmented, two in a row.
+
+    Args:
+        samples: what a mapper gives: ``image`` (C, H, W) of 0 to 255, and ``instances`` or
+            ``sem_seg``; at least one.
+        metadata: the data set's entry in `MetadataCatalog`.
+        path: the PNG file to write; its folder is made.
+        bgr: whether the channels are blue, green and red.
+
+    Returns:
+        `path`.
+    """
+    colors, pictures, drawn = _colors(metadata), [], set()
+    for sample in samples:
+        pixels = sample["image"].permute(1, 2, 0).numpy()
+        pixels = pixels[:, :, :3] if pixels.shape[2] >= 3 else pixels[:, :, [0, 0, 0]]
+        pixels = np.ascontiguousarray(pixels[:, :, ::-1] if bgr else pixels, dtype=np.uint8)
+        regions = []
+        if "sem_seg" in sample:
+            regions += _stuff(sample["sem_seg"].numpy(), metadata)
+        if "instances" in sample:
+            instances = sample["instances"]
+            if instances.has("gt_masks") and isinstance(instances.gt_masks, PolygonMasks):
+                masks = BitMasks.from_polygon_masks(instances.gt_masks, *instances.image_size)
+                instances = Instances(instances.image_size, **instances.get_fields())
+                instances.gt_masks = masks
+            regions += _objects(instances, metadata)
+        regions = [region for region in regions if region.name not in UNPAINTED]
+        drawn.update(region.name for region in regions)
+        pictures.append(_draw(pixels, regions, colors))
+    if len(pictures) % 2:
+        pictures.append(np.full_like(pictures[-1], 255))
+    rows = [
+        [_padded(picture, row) for picture in row] for row in zip(pictures[::2], pictures[1::2])
+    ]
+    legend = {name: colors[name] for name in colors if name in drawn}
+    return _save(rows, ("what the model sees", ""), legend, path)
+
+
+def _padded(picture: np.ndarray, row: Sequence[np.ndarray]) -> np.ndarray:
+    """A picture with white below it, as high as the highest in its row."""
+    missing = max(other.shape[0] for other in row) - picture.shape[0]
+    return np.pad(picture, ((0, missing), (0, 0), (0, 0)), constant_values=255)
+
+
+def _colors(metadata: Metadata) -> dict[str, tuple[float, ...]]:
+    """A colour for each class, the same in every picture."""
+    names = [*metadata.get("thing_classes", []), *metadata.get("stuff_classes", [])]
+    bright = dict.fromkeys(tuple(c) for c in colormap(rgb=True, maximum=1) if np.ptp(c) > 0.3)
+    return dict(zip(dict.fromkeys(names), itertools.cycle(bright)))
 
 
 def _kind(prediction: dict[str, Any], file_name: str, size: tuple[int, int]) -> str:
@@ -216,7 +270,10 @@ def _area(region: _Region) -> float:
 
 
 def _save(
-    rows: list[list[np.ndarray]], colors: dict[str, tuple[float, ...]], path: str | Path
+    rows: list[list[np.ndarray]],
+    titles: Sequence[str],
+    colors: dict[str, tuple[float, ...]],
+    path: str | Path,
 ) -> Path:
     """Place the pictures pixel by pixel, below titles and above a legend."""
     columns = max(2 * CELL // (60 + 10 * max(map(len, colors), default=0)), 1)
@@ -224,7 +281,7 @@ def _save(
     footer = 20 + 25 * -(-len(colors) // columns)
     width, height = 2 * CELL + 20, HEADER + sum(cells) + footer
     figure = Figure((width / 100, height / 100), dpi=100)
-    for column, title in enumerate(("ground truth", "prediction")):
+    for column, title in enumerate(titles):
         center = 10 + (column + 0.5) * CELL
         figure.text(
             center / width, 1 - HEADER / 2 / height, title, fontsize=14, ha="center", va="center"

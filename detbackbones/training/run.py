@@ -25,7 +25,7 @@ from .best import BestModel, StoppedEarly
 from .build import build_model, build_trainer, last_checkpoint, load_trained, load_weights
 from .checkpoint import Checkpointer
 from .curves import draw_curves
-from .evaluation import Results, draw_pictures, evaluate_model, without_nan
+from .evaluation import Results, draw_first_batch, draw_pictures, evaluate_model, without_nan
 from .interrupt import InterruptHook
 from .log import logging_to
 from .metrics import (
@@ -245,6 +245,8 @@ def fit(run: Run) -> Results:
         sum(p.numel() for p in parameters) / 1e6,
         sum(p.numel() for p in parameters if p.requires_grad) / 1e6,
     )
+    if main:
+        log_files(draw_first_batch(cfg, trainer.data_loader))
     try:
         trainer.train(run.start_iter, settings.max_iter)
     except StoppedEarly as end:
@@ -264,4 +266,5 @@ def fit(run: Run) -> Results:
 
 def log_files(written: list[Path]) -> None:
     """Say which files there are now."""
-    logger.info("wrote %s", ", ".join(map(str, written)))
+    if written:
+        logger.info("wrote %s", ", ".join(map(str, written)))

@@ -130,6 +130,21 @@ SETTINGS: Mapping[str, Rule] = {
     "dataset.train_sizes": whole_numbers(1),
     "dataset.val_size": whole(1),
     "dataset.max_size": whole(1),
+    "dataset.augmentation.scale_jitter": or_null(
+        Rule(
+            lambda value: (
+                isinstance(value, list)
+                and len(value) == 2
+                and all(type(item) in (int, float) for item in value)
+                and 0 < value[0] <= value[1]
+            ),
+            "be two numbers above 0 that grow",
+        )
+    ),
+    "dataset.augmentation.crop": number(0, 1),
+    "dataset.augmentation.zoom_out": number(0, 1),
+    "dataset.augmentation.color": number(0, 1),
+    "dataset.augmentation.upright": SWITCH,
     "dataloader.train.total_batch_size": whole(1),
     "dataloader.train.num_workers": whole(0),
     "dataloader.train.aspect_ratio_grouping": SWITCH,

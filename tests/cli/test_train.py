@@ -86,6 +86,7 @@ def test_a_run_writes_what_it_reports(finished):
     assert {"total_loss", "loss_cls", "loss_rpn_loc", "lr", "bbox/AP", "bbox/AP50"} <= last.keys()
     assert f"|bbox|{last['bbox/AP']:.1f}|{last['bbox/AP50']:.1f}|" in log.replace(" ", "")
     names = ("model_final.pth", "metrics.json", "config.yaml", "log.txt")
+    assert f"wrote {finished}/batch.png" in log and (finished / "batch.png").stat().st_size > 0
     for name in (*names, "predictions.png", "curves.png"):
         assert (finished / name).stat().st_size > 0
         assert str(finished / name) in log.rpartition("wrote ")[2]

@@ -1,9 +1,9 @@
 import numpy as np
 import pytest
 import torch
-from detbackbones.training.pictures import draw_predictions
+from detbackbones.training.pictures import draw_batch, draw_predictions
 from detectron2.data import Metadata
-from detectron2.structures import Boxes, BoxMode, Instances
+from detectron2.structures import BitMasks, Boxes, BoxMode, Instances, PolygonMasks
 from PIL import Image
 from pycocotools.mask import encode
 
@@ -198,3 +198,39 @@ def test_objects_with_and_without_a_mask_stand_side_by_side(image, tmp_path):
         path = draw_predictions([image], [prediction], METADATA, tmp_path / "a.png")
         sizes.append(painted(path))
     assert sizes[0] == pytest.approx(sizes[1], rel=0.05)
+
+
+@pytest.mark.parametrize("kind", ["polygon", "bits", "label map"])
+def test_a_batch_is_drawn_as_the_model_sees_it(tmp_path, kind):
+    """The second of two images of different heights has nothing in it."""
+    samples = []
+    for height in (HEIGHT, HEIGHT - 20):
+        sample = {"image": torch.full((3, height, WIDTH), 128, dtype=torch.uint8)}
+        bits = torch.zeros(1, height, WIDTH, dtype=torch.bool)
+        if not samples:
+            bits[:, 10:50, 10:40] = True
+        if kind == "label map":
+            sample["sem_seg"] = bits[0].long()
+        else:
+            objects = Instances((height, WIDTH), gt_boxes=Boxes([BOX]), gt_classes=torch.zeros(1))
+            x0, y0, x1, y1 = BOX
+            outline = np.array([x0, y0, x1, y0, x1, y1, x0, y1], float)
+            masks = PolygonMasks([[outline]]) if kind == "polygon" else BitMasks(bits)
+            objects.gt_masks = masks
+            sample["instances"] = objects if not samples else objects[torch.zeros(1).bool()]
+        samples.append(sample)
+    left, right = painted(draw_batch(samples, METADATA, tmp_path / "batch.png"))
+    panel = 600**2 * HEIGHT / WIDTH
+    assert left == pytest.approx(panel * (30 * 40) / (HEIGHT * WIDTH), rel=0.06)
+    assert right == 0
+    three = Image.open(draw_batch([*samples, samples[0]], METADATA, tmp_path / "three.png"))
+    assert three.size[1] > 1.8 * HEIGHT / WIDTH * 600
+
+
+def test_blue_is_blue(tmp_path):
+    image = torch.zeros(3, 30, 40, dtype=torch.uint8)
+    image[0] = 200
+    for bgr, channel in ((True, 2), (False, 0)):
+        path = draw_batch([{"image": image}], METADATA, tmp_path / "a.png", bgr)
+        pixel = Image.open(path).convert("RGB").getpixel((100, 100))
+        assert pixel[channel] == 200 and sum(pixel) == 200
