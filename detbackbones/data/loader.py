@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 import torch
 from detectron2.data import DatasetFromList
+from detectron2.data.samplers import RepeatFactorTrainingSampler
 from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset, Sampler
 
@@ -22,6 +23,7 @@ def build_train_loader(
     mapper: Callable[[dict], dict | None],
     total_batch_size: int,
     aspect_ratio_grouping: bool = True,
+    repeat_threshold: float = 0.0,
     num_workers: int = 0,
     seed: int = 0,
 ) -> "TrainLoader":
@@ -37,6 +39,8 @@ def build_train_loader(
         total_batch_size: images per iteration over all processes.
         aspect_ratio_grouping: whether the images of a batch are all wider than high, or none is;
             without effect where the dicts have no ``width`` and ``height``.
+        repeat_threshold: images of classes that less than this part of all images have come more
+            often, by the square root of how much less (Gupta et al., arXiv 1908.03195); 0 is never.
         num_workers: worker processes that load data; 0 loads in this process.
         seed: seed of the order and the augmentations, >= 0, the same in all processes.
 
@@ -46,8 +50,8 @@ def build_train_loader(
 
     Raises:
         TypeError: if the dataset is not a list.
-        ValueError: if the dataset is empty, the seed is negative, or the batch cannot be divided
-            by the number of processes.
+        ValueError: if the dataset is empty, the seed is negative, the batch cannot be divided by
+            the number of processes, or images without annotations are to be repeated.
     """
     world_size = comm.get_world_size()
     if not isinstance(dataset, list):
@@ -60,10 +64,21 @@ def build_train_loader(
     groups = None
     if aspect_ratio_grouping and all("width" in d and "height" in d for d in dataset):
         groups = [int(d["width"] > d["height"]) for d in dataset]
+    factors = None
+    if repeat_threshold:
+        if not all("annotations" in d for d in dataset):
+            raise ValueError(
+                f"repeat_threshold={repeat_threshold} must be 0 for images without annotations, "
+                "such as those of label maps"
+            )
+        factors = RepeatFactorTrainingSampler.repeat_factors_from_category_frequency(
+            dataset, repeat_threshold
+        ).numpy()
     sampler = TrainBatchSampler(
         len(dataset),
         total_batch_size // world_size,
         groups=groups,
+        factors=factors,
         seed=seed,
         rank=comm.get_rank(),
         world_size=world_size,
@@ -80,7 +95,9 @@ def build_train_loader(
 class TrainBatchSampler(Sampler[list[tuple[int, int]]]):
     """Endless batches of ``(position, index)`` for one process, from a stream shared by all.
 
-    The stream is one shuffled permutation of the dataset after another. ``position`` counts along
+    The stream is one shuffled permutation of the dataset after another, in which an image comes as
+    often as its factor says; the fraction of a factor is drawn anew each time, as by detectron2's
+    ``RepeatFactorTrainingSampler``. ``position`` counts along
     it, ``index`` is into the dataset, and process ``rank`` has the positions ``rank``,
     ``rank + world_size``, ... as in detectron2's ``TrainingSampler``. Grouping follows detectron2's
     ``AspectRatioGroupedDataset``: a batch is given out when its group has ``batch_size`` images.
@@ -95,6 +112,7 @@ class TrainBatchSampler(Sampler[list[tuple[int, int]]]):
         batch_size: int,
         *,
         groups: Sequence[int] | None = None,
+        factors: np.ndarray | None = None,
         seed: int = 0,
         rank: int = 0,
         world_size: int = 1,
@@ -105,6 +123,7 @@ class TrainBatchSampler(Sampler[list[tuple[int, int]]]):
             size: number of images in the dataset.
             batch_size: images per batch of this process.
             groups: group of each image; a batch has images of one group. None is one group.
+            factors: how often each image comes in a permutation, (size,), at least 1; None is once.
             seed: seed of the permutations, >= 0.
             rank: this process, 0 to ``world_size - 1``.
             world_size: number of processes.
@@ -118,6 +137,7 @@ class TrainBatchSampler(Sampler[list[tuple[int, int]]]):
             raise ValueError(f"seed={seed} must be at least 0, and the same in all processes")
         self.start_iter = 0
         self._size, self._batch_size, self._groups = size, batch_size, groups
+        self._factors = factors
         self._seed, self._rank, self._world_size = seed, rank, world_size
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
@@ -135,8 +155,13 @@ class TrainBatchSampler(Sampler[list[tuple[int, int]]]):
 
     def _indices(self) -> Iterator[int]:
         for epoch in itertools.count():
-            order = np.random.RandomState(_seed_words(self._seed, 0, epoch)).permutation(self._size)
-            yield from order.tolist()
+            random = np.random.RandomState(_seed_words(self._seed, 0, epoch))
+            images = np.arange(self._size)
+            if self._factors is not None:
+                whole = self._factors.astype(int)
+                more = random.rand(self._size) < self._factors - whole
+                images = np.repeat(images, whole + more)
+            yield from random.permutation(images).tolist()
 
 
 class TrainLoader(DataLoader):

@@ -148,6 +148,7 @@ SETTINGS: Mapping[str, Rule] = {
     "dataloader.train.total_batch_size": whole(1),
     "dataloader.train.num_workers": whole(0),
     "dataloader.train.aspect_ratio_grouping": SWITCH,
+    "dataloader.train.repeat_threshold": number(0, 1),
     "dataloader.test.num_workers": whole(0),
     "dataloader.test.batch_size": whole(1),
     "optimizer.lr": number(0, above=True),

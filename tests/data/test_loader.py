@@ -211,3 +211,21 @@ def test_two_processes(dataset, tmp_path):
 def test_start_iter_must_not_be_negative(dataset):
     with pytest.raises(ValueError, match="start_iter=-1 must be at least 0"):
         build(dataset).start_iter = -1
+
+
+def test_images_of_rare_classes_come_more_often(dataset):
+    """By the square root of threshold over frequency: here that of 0.5 over 1 in 7."""
+    kinds = [0, 0, 0, 0, 0, 0, 1]
+    dicts = [{**d, "annotations": [{"category_id": k}]} for d, k in zip(dataset, kinds)]
+    few = {"mapper": lambda d: d, "total_batch_size": 1, "aspect_ratio_grouping": False}
+    loader = build_train_loader(dicts, repeat_threshold=0.5, **few)
+    seen = [sample["image_id"] for (sample,) in itertools.islice(loader, 4000)]
+    share = (7 / 2) ** 0.5
+    assert seen.count(6) / len(seen) == pytest.approx(share / (6 + share), rel=0.05)
+    loader.start_iter = 1234
+    later = [sample["image_id"] for (sample,) in itertools.islice(loader, 20)]
+    assert later == seen[1234:1254]
+    plain = build_train_loader(dicts, **few)
+    assert sorted(s["image_id"] for (s,) in itertools.islice(plain, 7)) == list(range(7))
+    with pytest.raises(ValueError, match="repeat_threshold=0.5 must be 0 for images without"):
+        build_train_loader(dataset, repeat_threshold=0.5, **few)
