@@ -12,6 +12,7 @@ train.update(
     model_ema=dict(enabled=False, decay=0.9998),  # what is evaluated: an average of the weights
     best_metric=None,  # of model_best.pth, such as "bbox/AP50"; by default the evaluator's first
     patience=None,  # evaluations without a better one, after which the training ends
+    trackers=[],  # "wandb", "mlflow"
     pictures=8,  # images drawn with their predictions after the last evaluation
     allow_partial=False,  # init_checkpoint may have less than half of the backbone
     allow_pickle=False,  # init_checkpoint may be one of detectron2's .pkl files

@@ -16,7 +16,34 @@ from ..weights import replacing
 EVALUATED = "evaluation/seconds"  # is there for each iteration that was evaluated
 
 
-class MetricsWriter(EventWriter):
+class NewMetricsWriter(EventWriter):
+    """Puts each metric once, those of an iteration together."""
+
+    def __init__(self, window: int = 20):
+        """
+        Args:
+            window: losses are medians over this many iterations.
+        """
+        self._window = window
+        self._written: dict[str, int] = {}
+
+    def put(self, iteration: int, metrics: dict[str, float]) -> None:
+        """Write metrics of an iteration."""
+        raise NotImplementedError
+
+    def write(self) -> None:
+        """Write what is new since the last call."""
+        lines: dict[int, dict[str, Any]] = defaultdict(dict)
+        latest = get_event_storage().latest_with_smoothing_hint(self._window)
+        for name, (value, iteration) in latest.items():
+            if iteration > self._written.get(name, -1):
+                lines[iteration][name] = value
+                self._written[name] = iteration
+        for iteration, line in sorted(lines.items()):
+            self.put(iteration, line)
+
+
+class MetricsWriter(NewMetricsWriter):
     """detectron2's ``JSONWriter``, a line of JSON for each iteration, that may write one twice.
 
     What was measured before an evaluation is written before it, and the rest after it: detectron2's
@@ -29,20 +56,16 @@ class MetricsWriter(EventWriter):
             file: is continued if it exists.
             window: losses are medians over this many iterations.
         """
+        super().__init__(window)
         self._file = open(file, "a")  # noqa: SIM115  closed by close()
-        self._window = window
-        self._written: dict[str, int] = {}
+
+    def put(self, iteration: int, metrics: dict[str, float]) -> None:
+        """Write a line."""
+        print(json.dumps({**metrics, "iteration": iteration}, sort_keys=True), file=self._file)
 
     def write(self) -> None:
-        """Write what is new since the last call."""
-        lines: dict[int, dict[str, Any]] = defaultdict(dict)
-        latest = get_event_storage().latest_with_smoothing_hint(self._window)
-        for name, (value, iteration) in latest.items():
-            if iteration > self._written.get(name, -1):
-                lines[iteration][name] = value
-                self._written[name] = iteration
-        for iteration, line in sorted(lines.items()):
-            print(json.dumps({**line, "iteration": iteration}, sort_keys=True), file=self._file)
+        """Write what is new since the last call, to the disk."""
+        super().write()
         self._file.flush()
         os.fsync(self._file.fileno())
 

@@ -53,7 +53,7 @@ def prepare_output(cfg: DictConfig, *, resume: bool = False, overwrite: bool = F
         if run:
             pictures = ("batch.png", "predictions.png", "errors.png", "hardest.png", "curves.png")
             run += _existing(folder, "log.txt*", "events.out.tfevents.*", *pictures)
-            run += _existing(folder, "evaluation.json", "evaluation_*.png")
+            run += _existing(folder, "trackers.json", "evaluation.json", "evaluation_*.png")
         for path in run:
             path.unlink()
     folder.mkdir(parents=True, exist_ok=True)

@@ -31,6 +31,7 @@ from .log import logging_to
 from .metrics import (
     EvaluationHook,
     MetricsWriter,
+    NewMetricsWriter,
     cut_metrics,
     missed_evaluation,
 )
@@ -38,6 +39,7 @@ from .output import reserved
 from .overrides import apply_overrides
 from .progress import ProgressPrinter
 from .settings import check_settings
+from .trackers import TRACKERS, build_trackers
 from .trainer import AMP_DTYPES, Trainer
 
 logger = logging.getLogger(__name__)
@@ -131,6 +133,8 @@ def check_config(
     check_settings(apply_overrides(cfg, list(overrides)))
     settings = cfg.train
     one_of("train.amp.dtype", settings.amp.dtype, AMP_DTYPES)
+    for name in settings.trackers:
+        one_of("train.trackers", name, TRACKERS)
     gpu = torch.cuda.is_available()
     one_of("train.device", settings.device, ("auto", "cpu", "cuda") if gpu else ("auto", "cpu"))
     if settings.patience and not settings.eval_period:
@@ -150,6 +154,7 @@ class Run:
     trainer: Trainer
     checkpointer: Checkpointer
     start_iter: int
+    trackers: Sequence[NewMetricsWriter]
 
     @property
     def model(self) -> nn.Module:
@@ -187,8 +192,9 @@ def prepare(cfg: DictConfig, *, resume: bool = False) -> Run:
     if main:
         cut_metrics(Path(folder, "metrics.json"), start)
         LazyConfig.save(cfg, os.path.join(folder, "config.yaml"))
+    trackers = build_trackers(cfg, resume=start > 0) if main else []
     comm.synchronize()
-    return Run(cfg, trainer, checkpointer, start)
+    return Run(cfg, trainer, checkpointer, start, trackers)
 
 
 def fit(run: Run) -> Results:
@@ -227,7 +233,7 @@ def fit(run: Run) -> Results:
     if main:
         file = MetricsWriter(folder / "metrics.json")
         screen = ProgressPrinter(settings.max_iter, cfg.dataloader.train.total_batch_size)
-        writers = [screen, file, TensorboardXWriter(settings.output_dir)]
+        writers = [screen, file, TensorboardXWriter(settings.output_dir), *run.trackers]
         writing = [hooks.PeriodicWriter(writers, settings.log_period)]
     evaluating = EvaluationHook(
         settings.eval_period, evaluation, before=file.write if main else None, missed=missed

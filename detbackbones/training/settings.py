@@ -99,6 +99,10 @@ SETTINGS: Mapping[str, Rule] = {
         lambda value: type(value) in (int, float) and 0 <= value < 1,
         "be a number from 0 to below 1",
     ),
+    "train.trackers": Rule(
+        lambda value: isinstance(value, list) and all(isinstance(x, str) for x in value),
+        "be a list of names",
+    ),
     "train.best_metric": or_null(TEXT),
     "train.patience": or_null(whole(1)),
     "train.pictures": whole(0),
