@@ -2,6 +2,7 @@
 
 from detbackbones.data.augmentation import build_augmentations
 from detbackbones.data.coco import register_coco
+from detbackbones.data.mixing import Mixing
 from detectron2.config import LazyCall as L
 from detectron2.solver import WarmupParamScheduler
 from fvcore.common.param_scheduler import CosineParamScheduler
@@ -29,6 +30,12 @@ dataset = dict(
         color=0.0,  # strength, such as 0.4
         upright=True,  # False for pictures without an up, such as micrographs
     ),
+    mixing=dict(  # images made of several; probabilities
+        mosaic=0.0,
+        mixup=0.0,
+        copy_paste=0.0,  # needs masks
+        until=0.8,  # fraction of train.max_iter
+    ),
 )
 
 dataloader.train.dataset.names = L(register_coco)(
@@ -54,6 +61,10 @@ dataloader.test.mapper.augmentations[0].update(
     short_edge_length="${dataset.val_size}", max_size="${dataset.max_size}"
 )
 dataloader.train.update(total_batch_size=4, num_workers=2)
+dataloader.train.mixing = L(Mixing)(
+    **{key: f"${{dataset.mixing.{key}}}" for key in dataset["mixing"]},
+    max_iter="${train.max_iter}",
+)
 dataloader.test.num_workers = 2
 
 optimizer.lr = 5e-4

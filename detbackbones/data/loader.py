@@ -16,6 +16,8 @@ from detectron2.data.samplers import RepeatFactorTrainingSampler
 from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from .mixing import Mixing
+
 
 def build_train_loader(
     dataset: list[dict],
@@ -24,6 +26,7 @@ def build_train_loader(
     total_batch_size: int,
     aspect_ratio_grouping: bool = True,
     repeat_threshold: float = 0.0,
+    mixing: Mixing | None = None,
     num_workers: int = 0,
     seed: int = 0,
 ) -> "TrainLoader":
@@ -41,6 +44,7 @@ def build_train_loader(
             without effect where the dicts have no ``width`` and ``height``.
         repeat_threshold: images of classes that less than this part of all images have come more
             often, by the square root of how much less (Gupta et al., arXiv 1908.03195); 0 is never.
+        mixing: makes an image of several.
         num_workers: worker processes that load data; 0 loads in this process.
         seed: seed of the order and the augmentations, >= 0, the same in all processes.
 
@@ -51,7 +55,7 @@ def build_train_loader(
     Raises:
         TypeError: if the dataset is not a list.
         ValueError: if the dataset is empty, the seed is negative, the batch cannot be divided by
-            the number of processes, or images without annotations are to be repeated.
+            the number of processes, or images without annotations are to be repeated or mixed.
     """
     world_size = comm.get_world_size()
     if not isinstance(dataset, list):
@@ -74,6 +78,9 @@ def build_train_loader(
         factors = RepeatFactorTrainingSampler.repeat_factors_from_category_frequency(
             dataset, repeat_threshold
         ).numpy()
+    if mixing is not None:
+        label_maps = "sem_seg_file_name" in (dataset[0] if dataset else {})
+        mixing.check(label_maps=label_maps, masks=getattr(mapper, "use_instance_mask", False))
     sampler = TrainBatchSampler(
         len(dataset),
         total_batch_size // world_size,
@@ -84,7 +91,7 @@ def build_train_loader(
         world_size=world_size,
     )
     return TrainLoader(
-        _SeededDataset(dataset, mapper, seed),
+        _SeededDataset(dataset, mapper, seed, mixing, total_batch_size),
         batch_sampler=sampler,
         num_workers=num_workers,
         collate_fn=_no_collation,
@@ -186,20 +193,36 @@ class TrainLoader(DataLoader):
 class _SeededDataset(Dataset):
     """Maps ``(position, index)`` to a sample; seed and position alone decide its augmentation."""
 
-    def __init__(self, dataset: list[dict], mapper: Callable[[dict], dict | None], seed: int):
+    def __init__(
+        self,
+        dataset: list[dict],
+        mapper: Callable[[dict], dict | None],
+        seed: int,
+        mixing: Mixing | None,
+        total_batch_size: int,
+    ):
         # Serialised: the workers share the memory, and each access gives a fresh copy.
         self._dataset = DatasetFromList(dataset, copy=False)
         self._mapper = mapper
         self._seed = seed
+        self._mixing = mixing
+        self._mixed = mixing.iterations * total_batch_size if mixing else 0
 
     def __getitem__(self, key: tuple[int, int]) -> dict:
         position, index = key
-        size = len(self._dataset)
         with _seeded_rngs(_seed_words(self._seed, 1, position)):
-            for i in range(index, index + size):
-                sample = self._mapper(self._dataset[i % size])
-                if sample is not None:
-                    return sample
+            sample = self._map(index)
+            if self._mixing is None or position >= self._mixed:
+                return sample
+            size = len(self._dataset)
+            return self._mixing(sample, lambda: self._map(np.random.randint(size)))
+
+    def _map(self, index: int) -> dict:
+        size = len(self._dataset)
+        for i in range(index, index + size):
+            sample = self._mapper(self._dataset[i % size])
+            if sample is not None:
+                return sample
         raise ValueError(
             f"mapper must give a sample of some image: it returned None for all {size} images"
         )

@@ -149,6 +149,7 @@ SETTINGS: Mapping[str, Rule] = {
     "dataset.augmentation.zoom_out": number(0, 1),
     "dataset.augmentation.color": number(0, 1),
     "dataset.augmentation.upright": SWITCH,
+    **{f"dataset.mixing.{key}": number(0, 1) for key in ("mosaic", "mixup", "copy_paste", "until")},
     "dataloader.train.total_batch_size": whole(1),
     "dataloader.train.num_workers": whole(0),
     "dataloader.train.aspect_ratio_grouping": SWITCH,
