@@ -17,6 +17,7 @@ from contextlib import AbstractContextManager
 from detectron2.utils import comm
 from omegaconf import DictConfig
 
+from ..training.find_lr import find_lr
 from ..training.interrupt import Interrupted
 from ..training.log import RUN_ERRORS, logging_to
 from ..training.output import reserved
@@ -51,6 +52,15 @@ def work(command: str, cfg: DictConfig, resume: bool) -> None:
         sys.exit(128 + signal.SIGINT)
 
 
+def find(command: str, cfg: DictConfig) -> None:
+    """What each process does for --find-lr; wrong input ends it in one sentence."""
+    try:
+        with logging_to(cfg.train.output_dir):
+            find_lr(cfg)
+    except (*WRONG_INPUT, *RUN_ERRORS) as error:
+        fail(command, error)
+
+
 def main(words: Sequence[str] | None = None) -> None:
     parser = new_parser("train", __doc__)
     add_arguments(parser)
@@ -58,7 +68,11 @@ def main(words: Sequence[str] | None = None) -> None:
     add("--resume", action="store_true", help="continue the run in the output folder")
     add("--overwrite", action="store_true", help="replace the run in the output folder")
     add("--eval-only", action="store_true", help="evaluate, do not train: detbackbones eval")
+    add("--find-lr", action="store_true", help="try learning rates, in 100 steps; do not train")
     args = parser.parse_intermixed_args(words)
+    if args.find_lr:
+        start("train", args, find)
+        return
     if args.eval_only:
         start("train", args, evaluation.work)
         return
