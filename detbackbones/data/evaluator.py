@@ -1,5 +1,7 @@
 """COCO's metrics, computed by hotcoco: pycocotools' numbers to the last digit, sooner."""
 
+import contextlib
+import io
 import logging
 import warnings
 from collections.abc import Sequence
@@ -49,16 +51,33 @@ class CocoEvaluator(COCOEvaluator):
         self._max_dets_per_image = limits  # detectron2 has 1 and 10, also where the last is less
         self.evaluations: dict[str, hotcoco.COCOeval] = {}
         # hotcoco wants numbers; in this order equal scores come as they do with pycocotools
-        self._numbers = {key: i for i, key in enumerate(sorted(self._coco_api.imgs), 1)}
+        self._images = {key: i for i, key in enumerate(sorted(self._coco_api.imgs), 1)}
+        self._categories = {key: i for i, key in enumerate(sorted(self._coco_api.cats), 1)}
         self._truth = self._numbered() if self._do_evaluation else None
 
     def _numbered(self) -> hotcoco.COCO:
-        """The ground truth with the images numbered."""
-        data = dict(self._coco_api.dataset)
-        for section, key in (("images", "id"), ("annotations", "image_id")):
-            here = (x for x in data[section] if x[key] in self._numbers)
-            data[section] = [{**x, key: self._numbers[x[key]]} for x in here]
-        return hotcoco.COCO(data)
+        """The ground truth, with images and categories numbered, and without what is not needed."""
+        api = self._coco_api
+        images = [
+            {"id": self._images[key], "width": image["width"], "height": image["height"]}
+            for key, image in api.imgs.items()
+        ]
+        keys = ("id", "bbox", "area", "iscrowd", "segmentation")
+        annotations = [
+            {key: annotation[key] for key in keys if key in annotation}
+            | self._numbers(annotation["image_id"], annotation["category_id"])
+            for annotation in api.dataset["annotations"]
+            if annotation["image_id"] in self._images
+        ]
+        categories = [
+            {"id": self._categories[key], "name": x["name"]} for key, x in api.cats.items()
+        ]
+        return hotcoco.COCO(
+            {"images": images, "annotations": annotations, "categories": categories}
+        )
+
+    def _numbers(self, image: Any, category: Any) -> dict[str, int]:
+        return {"image_id": self._images[image], "category_id": self._categories[category]}
 
     def reset(self) -> None:
         """Forget the predictions."""
@@ -74,9 +93,12 @@ class CocoEvaluator(COCOEvaluator):
         if not self.evaluations:
             return []
         task = sorted(self.evaluations)[-1]
-        found = self.evaluations[task].image_diagnostics(score_thr=0.5)["img_summary"]
+        certain = [result for result in self._found if result["score"] >= 0.5]
+        if not certain:
+            return []
+        found = self._evaluate(task, certain, None).image_diagnostics()["img_summary"]
         wrong = {key: x for key, x in found.items() if x["fp"] or x["fn"]}
-        ids = {number: key for key, number in self._numbers.items()}
+        ids = {number: key for key, number in self._images.items()}
         worst = sorted(wrong, key=lambda key: (wrong[key]["f1"], -wrong[key]["fn"], key))
         return [ids[number] for number in worst[:count]]
 
@@ -87,29 +109,38 @@ class CocoEvaluator(COCOEvaluator):
         found = [result for image in predictions for result in image["instances"]]
         tasks = sorted(self._tasks or self._tasks_from_predictions(found))
         names = self._metadata.get("thing_classes")
-        if not found or not self._do_evaluation or self._output_dir or "keypoints" in tasks:
+        bare = "segm" in tasks and any(
+            "segmentation" not in x for x in self._coco_api.anns.values()
+        )
+        left = self._output_dir or "keypoints" in tasks or bare
+        if not found or not self._do_evaluation or left:
             super()._eval_predictions(predictions, img_ids)
             return
-        ids = self._metadata.get("thing_dataset_id_to_contiguous_id", {})
-        original = {number: key for key, number in ids.items()}
+        contiguous = self._metadata.get("thing_dataset_id_to_contiguous_id", {})
+        original = {number: key for key, number in contiguous.items()}
+        self._found = []
         for result in found:
-            result["category_id"] = original.get(result["category_id"], result["category_id"])
+            category = original.get(result["category_id"], result["category_id"])
+            self._found.append({**result, **self._numbers(result["image_id"], category)})
         for task in tasks:
-            self.evaluations[task] = self._evaluate(task, found, img_ids)
+            self.evaluations[task] = self._evaluate(task, self._found, img_ids)
             self._results[task] = self._derive_coco_results(self.evaluations[task], task, names)
 
     def _evaluate(
         self, task: str, found: list[dict[str, Any]], img_ids: Sequence[int] | None
     ) -> hotcoco.COCOeval:
-        found = [{**result, "image_id": self._numbers[result["image_id"]]} for result in found]
         if task == "segm":  # or the size of an object would be that of its box
-            for result in found:
-                del result["bbox"]
-        evaluation = hotcoco.COCOeval(self._truth, self._truth.load_res(found), task)
+            found = [{k: v for k, v in result.items() if k != "bbox"} for result in found]
+        try:
+            detections = self._truth.load_res(found)
+        except ValueError as error:
+            raise FloatingPointError(f"the detections cannot be evaluated: {error}") from error
+        evaluation = hotcoco.COCOeval(self._truth, detections, task)
         evaluation.params.max_dets = self._max_dets_per_image
         if img_ids is not None:
-            evaluation.params.img_ids = [self._numbers[key] for key in img_ids]
+            evaluation.params.img_ids = [self._images[key] for key in img_ids]
         with warnings.catch_warnings():  # of limits that are asked for
             warnings.filterwarnings("ignore", "hotcoco: max_dets")
-            evaluation.run()
+            with contextlib.redirect_stdout(io.StringIO()):  # detectron2 logs a table
+                evaluation.run()
         return evaluation

@@ -80,7 +80,11 @@ def build_train_loader(
         ).numpy()
     if mixing is not None:
         label_maps = "sem_seg_file_name" in (dataset[0] if dataset else {})
-        mixing.check(label_maps=label_maps, masks=getattr(mapper, "use_instance_mask", False))
+        mixing.check(
+            label_maps=label_maps,
+            masks=getattr(mapper, "use_instance_mask", False),
+            keypoints=getattr(mapper, "use_keypoint", False),
+        )
     sampler = TrainBatchSampler(
         len(dataset),
         total_batch_size // world_size,

@@ -12,7 +12,7 @@ from detectron2.data.detection_utils import (
     annotations_to_instances,
     transform_keypoint_annotations,
 )
-from detectron2.structures import BoxMode
+from detectron2.structures import BitMasks, BoxMode, PolygonMasks
 from pycocotools import mask as mask_util
 
 from ..messages import one_of
@@ -162,6 +162,10 @@ class CheckedDatasetMapper(DatasetMapper):
         instances = annotations_to_instances(
             kept, image_shape, mask_format=self.instance_mask_format
         )
+        if self.use_instance_mask and not kept:  # as other images have
+            none = torch.zeros(0, height, width, dtype=torch.bool)
+            bits = self.instance_mask_format == "bitmask"
+            instances.gt_masks = BitMasks(none) if bits else PolygonMasks([])
         if self.recompute_boxes:
             instances.gt_boxes = instances.gt_masks.get_bounding_boxes()
         full = instances.gt_boxes.nonempty(threshold=1e-5)
@@ -184,7 +188,7 @@ def _transform_mask(
 ) -> list[np.ndarray] | np.ndarray:
     """Polygons, or RLE or bits (H, W) as bits of the new size."""
     if isinstance(mask, list):
-        polygons = [np.asarray(polygon).reshape(-1, 2) for polygon in mask]
+        polygons = [np.asarray(polygon, dtype=float).reshape(-1, 2) for polygon in mask]
         return [polygon.reshape(-1) for polygon in transforms.apply_polygons(polygons)]
     bits = mask_util.decode(mask) if isinstance(mask, dict) else mask
     return transforms.apply_segmentation(bits.astype(np.uint8, copy=False)) == 1  # 255 is padding

@@ -10,7 +10,7 @@ from .augmentation import GRAY
 from .semantic import IGNORE_LABEL
 
 Sample = dict
-VISIBLE = 0.1  # of an object's box, or it is left out
+VISIBLE = 0.1  # of an object's box or mask, or it is left out
 
 
 class Mixing:
@@ -58,17 +58,20 @@ class Mixing:
             sample = mixup(sample, draw())
         return sample
 
-    def check(self, *, label_maps: bool, masks: bool) -> None:
+    def check(self, *, label_maps: bool, masks: bool, keypoints: bool) -> None:
         """Refuse what the data do not allow.
 
         Args:
             label_maps: whether the images have label maps.
             masks: whether the objects have masks.
+            keypoints: whether they have keypoints.
 
         Raises:
-            ValueError: if label maps are to be mixed otherwise than by mosaic, or objects without
-                masks by copy-paste.
+            ValueError: if label maps are to be mixed otherwise than by mosaic, objects without
+                masks by copy-paste, or keypoints at all.
         """
+        if keypoints and (self.mosaic or self.mixup or self.copy_paste):
+            raise ValueError("mosaic, mixup and copy_paste must be 0 where keypoints are learned")
         for name in ("mixup", "copy_paste"):
             if getattr(self, name) and label_maps:
                 raise ValueError(
@@ -123,12 +126,12 @@ def copy_paste(sample: Sample, other: Sample) -> Sample:
     below = _with_bits(sample["instances"])
     visible = below.gt_masks.tensor & ~covered
     changed = (visible != below.gt_masks.tensor).flatten(1).any(1)
+    kept = visible.flatten(1).sum(1) > VISIBLE * below.gt_masks.tensor.flatten(1).sum(1)
     below.gt_masks = BitMasks(visible)
     boxes = below.gt_boxes.tensor.clone()
     boxes[changed] = below.gt_masks[changed].get_bounding_boxes().tensor
     below.gt_boxes = Boxes(boxes)
-    below = below[visible.flatten(1).any(1)]
-    return {**sample, "image": image, "instances": Instances.cat([below, pasted])}
+    return {**sample, "image": image, "instances": Instances.cat([below[kept], pasted])}
 
 
 def window(sample: Sample, y: int, x: int, height: int, width: int) -> Sample:

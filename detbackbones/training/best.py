@@ -9,7 +9,7 @@ from detectron2.evaluation.testing import flatten_results_dict
 from detectron2.utils import comm
 from torch import nn
 
-from ..messages import one_of
+from ..messages import few
 from ..weights import read_checkpoint, write_checkpoint
 
 logger = logging.getLogger(__name__)
@@ -46,7 +46,7 @@ class BestModel(HookBase):
             model: that is evaluated.
             folder: of the run.
             metric: whose highest value is the best, such as "bbox/AP"; by default the first that
-                the evaluator gives.
+                the evaluator gives. An evaluation without it is passed over with a warning.
             patience: iterations after the best one in which a better one must come, or the
                 training ends; None is for ever.
         """
@@ -84,16 +84,19 @@ class BestModel(HookBase):
         Args:
             results: metrics by task and name; in processes other than the main one nothing.
             iteration: that was just done.
-
-        Raises:
-            ValueError: if the metric is none of them.
         """
         metrics = comm.all_gather(dict(flatten_results_dict(results)) if results else {})[0]
         if not metrics:
             return
         if self._metric is None:
             self._metric = next(iter(metrics))
-        one_of("train.best_metric", self._metric, metrics)
+        if self._metric not in metrics:
+            logger.warning(
+                "train.best_metric=%r is not among %s: no model is the best by this evaluation",
+                self._metric,
+                few([*metrics]),
+            )
+            return
         value = float(metrics[self._metric])
         if not value > self._value:
             return

@@ -22,7 +22,7 @@ def build_trainer(cfg: DictConfig, *, loads_all: bool) -> Trainer:
     """The model, its optimizer and its data, as the config says."""
     settings, world_size = cfg.train, comm.get_world_size()
     size, steps = cfg.dataloader.train.total_batch_size, settings.accumulation_steps
-    if size % (steps * world_size):
+    if size % world_size == 0 and size % (steps * world_size):
         raise ValueError(
             f"train.accumulation_steps={steps} must divide the {size // world_size} images that a "
             "process has of a batch (dataloader.train.total_batch_size)"

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from detectron2.config import instantiate
-from detectron2.data import MetadataCatalog
+from detectron2.data import Metadata, MetadataCatalog
 from detectron2.evaluation import inference_on_dataset
 from detectron2.utils import comm
 from omegaconf import DictConfig
@@ -142,7 +142,7 @@ def draw_first_batch(cfg: DictConfig, loader: Iterable) -> list[Path]:
     if not cfg.train.pictures or not isinstance(loader, TrainLoader):
         return []
     batch = loader.first_batch()[: cfg.train.pictures]
-    metadata = MetadataCatalog.get(instantiate(cfg.dataloader.train.dataset.names))
+    metadata = _metadata(cfg.dataloader.train)
     bgr = cfg.dataloader.train.mapper.get("image_format") == "BGR"
     return [draw_batch(batch, metadata, Path(cfg.train.output_dir, "batch.png"), bgr)]
 
@@ -152,6 +152,12 @@ def _draw(cfg: DictConfig, model: nn.Module, images: list[dict], path: Path) -> 
     model.eval()
     with torch.no_grad():
         predictions = [model([mapper(image)])[0] for image in images]
-    metadata = MetadataCatalog.get(instantiate(cfg.dataloader.test.dataset.names))
+    metadata = _metadata(cfg.dataloader.test)
     read = getattr(mapper, "picture", None)
     return draw_predictions(images, predictions, metadata, path, read=read)
+
+
+def _metadata(loader: DictConfig) -> Metadata:
+    """That of the data set; of several, which have the same classes, the first one's."""
+    names = instantiate(loader.dataset.names)
+    return MetadataCatalog.get(names if isinstance(names, str) else names[0])

@@ -154,6 +154,7 @@ class Run:
     trainer: Trainer
     checkpointer: Checkpointer
     start_iter: int
+    best: BestModel
     trackers: Sequence[NewMetricsWriter]
 
     @property
@@ -164,8 +165,7 @@ class Run:
     @property
     def evaluated(self) -> nn.Module:
         """The model that is evaluated: with ``train.model_ema`` the average."""
-        average = self.trainer.average
-        return self.model if average is None else average.module
+        return evaluated_model(self.trainer)
 
 
 def prepare(cfg: DictConfig, *, resume: bool = False) -> Run:
@@ -189,12 +189,21 @@ def prepare(cfg: DictConfig, *, resume: bool = False) -> Run:
     start = trainer.iter + 1
     if not (file or cfg.train.init_checkpoint) and (odd := frozen_at_random(cfg)):
         logger.warning(odd)
+    settings = cfg.train
+    patience = settings.patience and settings.patience * settings.eval_period
+    best = BestModel(evaluated_model(trainer), folder, settings.best_metric, patience)
+    best.read(start)
+    trackers = build_trackers(cfg, resume=start > 0) if main else []
     if main:
         cut_metrics(Path(folder, "metrics.json"), start)
         LazyConfig.save(cfg, os.path.join(folder, "config.yaml"))
-    trackers = build_trackers(cfg, resume=start > 0) if main else []
     comm.synchronize()
-    return Run(cfg, trainer, checkpointer, start, trackers)
+    return Run(cfg, trainer, checkpointer, start, best, trackers)
+
+
+def evaluated_model(trainer: Trainer) -> nn.Module:
+    """The model that is evaluated: with ``train.model_ema`` the average."""
+    return trainer.bare_model if trainer.average is None else trainer.average.module
 
 
 def fit(run: Run) -> Results:
@@ -213,9 +222,7 @@ def fit(run: Run) -> Results:
         run.checkpointer, settings.checkpointer.period, max_to_keep=keep
     )
     saving.recent_checkpoints = run.checkpointer.kept(run.start_iter, keep)
-    patience = settings.patience and settings.patience * settings.eval_period
-    best = BestModel(run.evaluated, settings.output_dir, settings.best_metric, patience)
-    best.read(run.start_iter)
+    best = run.best
     missed = missed_evaluation(
         folder / "metrics.json", run.start_iter, settings.eval_period, settings.max_iter
     )

@@ -1,12 +1,14 @@
 """CocoEvaluator gives the numbers of detectron2's own COCOEvaluator, to the last digit."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from detbackbones.data import CocoEvaluator, register_coco
 from detbackbones.training.errors import draw_errors
+from detectron2.data import MetadataCatalog
 from detectron2.evaluation import COCOEvaluator
 from detectron2.structures import Boxes, Instances
 from PIL import Image
@@ -149,6 +151,68 @@ def test_the_hardest_images_are_those_with_most_errors(case):
     evaluate(evaluator, batch)
     assert evaluator.hardest_images(3) == [batch[i][0]["image_id"] for i in (none, some)]
     assert evaluator.hardest_images(1) == [batch[none][0]["image_id"]]
+
+
+def test_uncertain_detections_make_no_image_hard(case):
+    """But an object that only they find is not found."""
+    name, _ = case
+    evaluator = CocoEvaluator(name, tasks=("bbox",))
+    batch = perfect(evaluator)
+    many = [i for i, (_, outputs) in enumerate(batch) if len(outputs["instances"]) > 2]
+    noisy, missed = many[1], many[3]
+    found = batch[noisy][1]["instances"]
+    noise = Instances(found.image_size, **found[[0] * 50].get_fields())
+    noise.scores = torch.full((50,), 0.01)
+    batch[noisy][1]["instances"] = Instances.cat([found, noise])
+    batch[missed][1]["instances"].scores[:2] = 0.1
+    evaluate(evaluator, batch)
+    assert evaluator.hardest_images(5) == [batch[missed][0]["image_id"]]
+
+
+@pytest.mark.parametrize("change", ["license", "category id", "no masks", "text ids"])
+def test_what_detectron2_takes_is_taken(case, tmp_path, change):
+    """Entries that COCO has otherwise, and ids that are no numbers above 0."""
+    data = json.loads(Path(MetadataCatalog.get(case[0]).json_file).read_text())
+    batch = case[1]
+    if change == "license":
+        data["images"][0] |= {"license": "MIT", "date_captured": 2020}
+        data["categories"][0] |= {"supercategory": 3}
+    elif change == "category id":
+        for entry in data["categories"]:
+            entry["id"] -= 20
+        for entry in data["annotations"]:
+            entry["category_id"] -= 20
+    elif change == "no masks":
+        for entry in data["annotations"]:
+            del entry["segmentation"]
+    else:
+        for section, key in (("images", "id"), ("annotations", "image_id")):
+            for entry in data[section]:
+                entry[key] = f"image {entry[key]:03}"
+        batch = [({"image_id": f"image {x['image_id']:03}"}, y) for x, y in batch]
+    (tmp_path / "a.json").write_text(json.dumps(data))
+    ids = sorted(entry["id"] for entry in data["categories"])
+    name = f"as detectron2 has it, {change}"
+    MetadataCatalog.get(name).set(
+        json_file=str(tmp_path / "a.json"),
+        thing_classes=["cat", "dog", "hen"],
+        thing_dataset_id_to_contiguous_id={k: i for i, k in enumerate(ids)},
+    )
+    theirs = evaluate(COCOEvaluator(name, tasks=("bbox",)), batch)
+    assert json.dumps(evaluate(CocoEvaluator(name, tasks=("bbox",)), batch)) == json.dumps(theirs)
+    assert theirs["bbox"]["AP"] > 5
+    if change == "no masks":
+        with pytest.raises(KeyError, match="segmentation"):
+            evaluate(CocoEvaluator(name, tasks=("segm",)), batch)
+
+
+def test_a_detection_that_is_no_number_is_said(case):
+    name, _ = case
+    evaluator = CocoEvaluator(name, tasks=("bbox",))
+    batch = perfect(evaluator)
+    next(y for _, y in batch if len(y["instances"]))["instances"].scores[0] = float("nan")
+    with pytest.raises(FloatingPointError, match="the detections cannot be evaluated"):
+        evaluate(evaluator, batch)
 
 
 def test_errors_are_drawn(case, tmp_path):

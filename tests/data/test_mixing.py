@@ -113,6 +113,19 @@ def test_mixup_has_the_objects_of_both():
     assert 100 < got["image"][0, 29, 50] < 200 and got["image"][0, 35, 50] > 100
 
 
+@pytest.mark.parametrize("masks", ["bits", "polygons"])
+@pytest.mark.parametrize("mix", [mosaic, mixup, copy_paste])
+@pytest.mark.parametrize("empty", [0, 1])
+def test_an_image_without_objects(mix, masks, empty):
+    parts = [sample(40 * i, (20, 10, 40, 30), masks=masks) for i in range(4)]
+    parts[empty]["instances"] = parts[empty]["instances"][torch.zeros(1).bool()]
+    np.random.seed(2)
+    got = mix(parts) if mix is mosaic else mix(*parts[:2])
+    assert got["instances"].has("gt_masks")
+    assert len(got["instances"]) in {mosaic: (1, 2, 3), mixup: (1,), copy_paste: (0, 1)}[mix]
+    assert len(got["instances"]) == 1 or mix is not copy_paste or empty == 0
+
+
 def test_without_masks():
     parts = [sample(40 * i, (20, 10, 40, 30), masks=None) for i in range(4)]
     np.random.seed(1)
@@ -154,6 +167,8 @@ def test_what_the_data_do_not_allow():
 
     with pytest.raises(ValueError, match="mixup=0.5 must be 0 for label maps"):
         build({"sem_seg_file_name": "a.png"}, mixup=0.5)
+    with pytest.raises(ValueError, match="must be 0 where keypoints are learned"):
+        Mixing(mosaic=0.5, max_iter=9).check(label_maps=False, masks=False, keypoints=True)
     with pytest.raises(ValueError, match="copy_paste=0.1 must be 0 where no masks are learned"):
         build({}, copy_paste=0.1)
     build({"sem_seg_file_name": "a.png"}, mosaic=0.5)

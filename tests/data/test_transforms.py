@@ -128,10 +128,36 @@ def test_boxes_of_whole_numbers_keep_their_fractions(tmp_path):
     path = tmp_path / "a.jpg"
     Image.fromarray(pixels()).save(path)
     image = dataset_dict(path, "boxes")
+    outline = [3, 5, 23, 5, 23, 35]
     image["annotations"] = [{**image["annotations"][0], "bbox": [3, 5, 20, 30]}]
-    mapper = CheckedDatasetMapper(True, augmentations=[T.Resize((90, 99))], image_format="RGB")
-    boxes = mapper(image)["instances"].gt_boxes.tensor
+    image["annotations"][0]["segmentation"] = [outline]
+    mapper = CheckedDatasetMapper(
+        True, augmentations=[T.Resize((90, 99))], image_format="RGB", use_instance_mask=True
+    )
+    instances = mapper(image)["instances"]
+    boxes = instances.gt_boxes.tensor
     torch.testing.assert_close(boxes, torch.tensor([[3.3, 7.5, 25.3, 52.5]]))
+    ((polygon,),) = instances.gt_masks.polygons
+    np.testing.assert_allclose(polygon, [3.3, 7.5, 25.3, 7.5, 25.3, 52.5])
+    assert outline == [3, 5, 23, 5, 23, 35]
+
+
+@pytest.mark.parametrize("masks", ["polygon", "bitmask"])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_an_image_whose_objects_are_cropped_off_has_no_masks(tmp_path, masks, recompute):
+    path = tmp_path / "a.jpg"
+    Image.fromarray(pixels()).save(path)
+    mapper = CheckedDatasetMapper(
+        True,
+        augmentations=[T.CropTransform(0, 40, 15, 15)],
+        image_format="RGB",
+        use_instance_mask=True,
+        instance_mask_format=masks,
+        recompute_boxes=recompute,
+    )
+    for kind in ("polygon", "rle") if masks == "bitmask" else ("polygon",):
+        instances = mapper(dataset_dict(path, kind))["instances"]
+        assert len(instances) == len(instances.gt_masks) == len(instances.gt_boxes) == 0
 
 
 @pytest.mark.parametrize("size", [(30, 45), (61, 91), (200, 17)])

@@ -32,9 +32,15 @@ def test_the_best_is_kept(tmp_path):
     assert saved(tmp_path)["iteration"] == 69
 
 
-def test_a_metric_that_is_not_there(tmp_path):
-    with pytest.raises(ValueError, match="train.best_metric='bbox/AP5' is unknown: .*'bbox/AP50'"):
-        best(tmp_path, metric="bbox/AP5").update({"bbox": {"AP50": 1.0}}, 9)
+def test_a_metric_that_is_not_there(tmp_path, caplog):
+    """Such as that of masks, while nothing is found."""
+    first = best(tmp_path, metric="segm/AP")
+    first.update({"bbox": {"AP": math.nan}}, 9)
+    assert "train.best_metric='segm/AP' is not among 'bbox/AP': " in caplog.text
+    assert not (tmp_path / "model_best.pth").exists()
+    first.update({"bbox": {"AP": 2.0}, "segm": {"AP": 1.0}}, 19)
+    assert saved(tmp_path)["iteration"] == 19
+    (tmp_path / "model_best.pth").unlink()
     best(tmp_path, metric="bbox/AP").update({"bbox": {"AP": 1.0}}, 9)
     with pytest.raises(ValueError, match="best_metric='bbox/AP50' must be 'bbox/AP', that of"):
         best(tmp_path, metric="bbox/AP50").read(10)

@@ -5,6 +5,7 @@ import json
 import pytest
 from detbackbones.training import train
 from detbackbones.training.run import check_config
+from detbackbones.training.trackers import MLflowWriter
 
 
 @pytest.fixture
@@ -45,7 +46,44 @@ def test_wandb(cfg, tmp_path, monkeypatch):
     cfg.train.max_iter = 5
     train(cfg, resume=True)
     assert json.loads((tmp_path / "run" / "trackers.json").read_text())["wandb"] == run
-    assert len([*(tmp_path / "run" / "wandb").glob(f"offline-run-*-{run}")]) >= 1
+    content = b"".join(
+        path.read_bytes() for path in (tmp_path / "run" / "wandb").glob(f"*/run-{run}.wandb")
+    )
+    assert content.count(b"total_loss") >= 5
+
+
+def test_a_tracker_that_fails_ends_no_training(cfg, tmp_path, monkeypatch):
+    mlflow = pytest.importorskip("mlflow")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"file:{tmp_path}/mlruns")
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    cfg.train.trackers = ["mlflow"]
+    monkeypatch.setattr(MLflowWriter, "put", lambda *_: 1 / 0)
+    train(cfg)
+    assert (tmp_path / "run" / "log.txt").read_text().count("MLflowWriter cannot send") == 1
+    assert mlflow.active_run() is None
+
+
+def test_a_run_that_is_open_gets_the_metrics(cfg, tmp_path, monkeypatch):
+    mlflow = pytest.importorskip("mlflow")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"file:{tmp_path}/mlruns")
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    cfg.train.trackers = ["mlflow"]
+    mlflow.set_experiment("mine")  # or it would be that of another test
+    with mlflow.start_run() as mine:
+        train(cfg)
+        assert mlflow.active_run().info.run_id == mine.info.run_id
+    client = mlflow.MlflowClient(f"file:{tmp_path}/mlruns")
+    assert len(client.get_metric_history(mine.info.run_id, "total_loss")) == 3
+
+
+def test_a_tracker_that_cannot_start_is_said(cfg, tmp_path, monkeypatch):
+    pytest.importorskip("mlflow")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "nowhere://at-all")
+    cfg.train.trackers = ["mlflow"]
+    with pytest.raises(ConnectionError, match=r"train.trackers=\['mlflow'\]: mlflow cannot start"):
+        train(cfg)
+    cfg.train.trackers = []
+    train(cfg)  # the folder holds no run
 
 
 def test_an_unknown_tracker_is_refused(cfg):
