@@ -84,6 +84,13 @@ class CocoEvaluator(COCOEvaluator):
         super().reset()
         self.evaluations = {}
 
+    def metric_names(self) -> list[str]:
+        """What an evaluation may give, as "bbox/AP50"; of masks only where some are found."""
+        names = ["AP", "AP50", "AP75", "APs", "APm", "APl"]
+        classes = self._metadata.get("thing_classes") or []
+        names += [f"AP-{name}" for name in classes] if len(classes) > 1 else []
+        return [f"{task}/{name}" for task in self._tasks or ("bbox", "segm") for name in names]
+
     def hardest_images(self, count: int) -> list[Any]:
         """The ids of the images in which most is wrong, the worst first.
 

@@ -10,7 +10,8 @@ from omegaconf import DictConfig
 from torch import nn
 
 from ..config import without_weights
-from ..messages import first_line
+from ..data.evaluator import CocoEvaluator
+from ..messages import first_line, one_of
 from .agreement import check_channels, check_classes, check_fit, check_pixels
 from .checkpoint import Checkpointer, last_whole, load_init_checkpoint
 from .trainer import Trainer, seed_step
@@ -30,7 +31,9 @@ def build_trainer(cfg: DictConfig, *, loads_all: bool) -> Trainer:
     seed_step(settings.seed, 0, 0)
     loader = instantiate(cfg.dataloader.train)
     instantiate(cfg.dataloader.test.dataset)  # a fault in these is to be found now
-    instantiate(cfg.dataloader.evaluator)
+    evaluator = instantiate(cfg.dataloader.evaluator)
+    if settings.best_metric and isinstance(evaluator, CocoEvaluator):
+        one_of("train.best_metric", settings.best_metric, evaluator.metric_names())
     check_classes(cfg)
     model = build_model(cfg, loads_all=loads_all)
     optimizer_cfg = copy.deepcopy(cfg.optimizer)

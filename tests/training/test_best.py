@@ -78,6 +78,14 @@ def test_a_run_that_gets_no_better_ends(cfg, tmp_path):
     assert torch.load(run / "model_final.pth", weights_only=True)["trainer"]["iteration"] == 8
 
 
+def test_a_metric_that_cannot_be_is_refused_early(cfg):
+    cfg.train.best_metric = "bbox/AP5"
+    with pytest.raises(ValueError, match="train.best_metric='bbox/AP5' is unknown: .*'bbox/AP50'"):
+        train(cfg)
+    cfg.train.update(best_metric="bbox/AP-square", max_iter=1)
+    train(cfg)
+
+
 def test_patience_needs_evaluations(cfg):
     cfg.train.eval_period = 0
     with pytest.raises(ValueError, match="train.patience=2 must be null where train.eval_period"):
