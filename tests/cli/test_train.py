@@ -129,10 +129,12 @@ RESUMED = {
     "running mean": ("retinanet",),
     "denoising": ("rt_detr",),
     "dino": ("dino",),
-    "average, in parts": (
+    "average, in parts, mixed": (
         "dino",
         "train.model_ema.enabled=True",
         "train.accumulation_steps=2",
+        "dataset.mixing.mosaic=0.5",
+        "dataset.augmentation.color=0.4",
     ),
     "points of masks": ("mask2former_instance", "model.config_kwargs.train_num_points=50"),
     "bfloat16": ("faster_rcnn", "train.amp.enabled=True"),
