@@ -1,16 +1,11 @@
 """COCO's metrics, computed by hotcoco: pycocotools' numbers to the last digit, sooner."""
 
-import contextlib
-import io
-import logging
 import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import hotcoco
 from detectron2.evaluation import COCOEvaluator
-
-logger = logging.getLogger(__name__)
 
 
 class CocoEvaluator(COCOEvaluator):
@@ -103,7 +98,9 @@ class CocoEvaluator(COCOEvaluator):
         certain = [result for result in self._found if result["score"] >= 0.5]
         if not certain:
             return []
-        found = self._evaluate(task, certain, None).image_diagnostics()["img_summary"]
+        evaluation = self._build(task, certain)
+        evaluation.evaluate()
+        found = evaluation.image_diagnostics()["img_summary"]
         wrong = {key: x for key, x in found.items() if x["fp"] or x["fn"]}
         ids = {number: key for key, number in self._images.items()}
         worst = sorted(wrong, key=lambda key: (wrong[key]["f1"], -wrong[key]["fn"], key))
@@ -130,12 +127,16 @@ class CocoEvaluator(COCOEvaluator):
             category = original.get(result["category_id"], result["category_id"])
             self._found.append({**result, **self._numbers(result["image_id"], category)})
         for task in tasks:
-            self.evaluations[task] = self._evaluate(task, self._found, img_ids)
-            self._results[task] = self._derive_coco_results(self.evaluations[task], task, names)
+            self.evaluations[task] = evaluation = self._build(task, self._found)
+            if img_ids is not None:
+                evaluation.params.img_ids = [self._images[key] for key in img_ids]
+            with warnings.catch_warnings():  # of limits that are asked for
+                warnings.filterwarnings("ignore", "hotcoco: max_dets")
+                evaluation.run()
+            self._results[task] = self._derive_coco_results(evaluation, task, names)
 
-    def _evaluate(
-        self, task: str, found: list[dict[str, Any]], img_ids: Sequence[int] | None
-    ) -> hotcoco.COCOeval:
+    def _build(self, task: str, found: list[dict[str, Any]]) -> hotcoco.COCOeval:
+        """Of detections with numbered images and categories."""
         if task == "segm":  # or the size of an object would be that of its box
             found = [{k: v for k, v in result.items() if k != "bbox"} for result in found]
         try:
@@ -144,10 +145,4 @@ class CocoEvaluator(COCOEvaluator):
             raise FloatingPointError(f"the detections cannot be evaluated: {error}") from error
         evaluation = hotcoco.COCOeval(self._truth, detections, task)
         evaluation.params.max_dets = self._max_dets_per_image
-        if img_ids is not None:
-            evaluation.params.img_ids = [self._images[key] for key in img_ids]
-        with warnings.catch_warnings():  # of limits that are asked for
-            warnings.filterwarnings("ignore", "hotcoco: max_dets")
-            with contextlib.redirect_stdout(io.StringIO()):  # detectron2 logs a table
-                evaluation.run()
         return evaluation

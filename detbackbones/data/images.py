@@ -60,6 +60,16 @@ def read_image(file_name: str, channels: int = 3, max_value: float | None = None
     return pixels.astype(dtype, copy=not pixels.flags.writeable)
 
 
+def shown_channels(image: np.ndarray) -> np.ndarray:
+    """An image to look at, of 8 bits (H, W, 3): the first three of its channels, or one.
+
+    Args:
+        image: (H, W, C), from 0 to 255.
+    """
+    shown = image[:, :, :3] if image.shape[2] >= 3 else image[:, :, [0, 0, 0]]
+    return np.ascontiguousarray(shown, dtype=np.uint8)
+
+
 def image_size(file_name: str) -> tuple[int, int]:
     """The (width, height) of an image as :func:`read_image` gives it, from the file's head.
 

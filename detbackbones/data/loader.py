@@ -108,10 +108,10 @@ class TrainBatchSampler(Sampler[list[tuple[int, int]]]):
 
     The stream is one shuffled permutation of the dataset after another, in which an image comes as
     often as its factor says; the fraction of a factor is drawn anew each time, as by detectron2's
-    ``RepeatFactorTrainingSampler``. ``position`` counts along
-    it, ``index`` is into the dataset, and process ``rank`` has the positions ``rank``,
-    ``rank + world_size``, ... as in detectron2's ``TrainingSampler``. Grouping follows detectron2's
-    ``AspectRatioGroupedDataset``: a batch is given out when its group has ``batch_size`` images.
+    ``RepeatFactorTrainingSampler``. ``position`` counts along it, ``index`` is into the dataset,
+    and process ``rank`` has the positions ``rank``, ``rank + world_size``, ... as in detectron2's
+    ``TrainingSampler``. Grouping follows detectron2's ``AspectRatioGroupedDataset``: a batch is
+    given out when its group has ``batch_size`` images.
 
     Attributes:
         start_iter: number of batches that each new iterator skips.
@@ -183,9 +183,13 @@ class TrainLoader(DataLoader):
         """The iteration whose batch each new iterator gives first; 0 unless set."""
         return self.batch_sampler.start_iter
 
-    def first_batch(self) -> list[dict]:
-        """The batch of ``start_iter``, loaded in this process."""
-        return [self.dataset[key] for key in next(iter(self.batch_sampler))]
+    def first_batch(self, most: int) -> list[dict]:
+        """The first images of the batch of ``start_iter``, loaded in this process.
+
+        Args:
+            most: how many at most.
+        """
+        return [self.dataset[key] for key in next(iter(self.batch_sampler))[:most]]
 
     @start_iter.setter
     def start_iter(self, iteration: int) -> None:

@@ -16,7 +16,7 @@ from detectron2.structures import BitMasks, BoxMode, PolygonMasks
 from pycocotools import mask as mask_util
 
 from ..messages import one_of
-from .images import ImageError, read_image, read_label_map
+from .images import ImageError, read_image, read_label_map, shown_channels
 from .transforms import QuickAugInput, quick
 
 # Wrong images, which are read while training.
@@ -95,9 +95,7 @@ class CheckedDatasetMapper(DatasetMapper):
         Args:
             dataset_dict: one image in detectron2's dataset format.
         """
-        image = read_image(dataset_dict["file_name"], self.channels, self.max_value)
-        shown = image[:, :, :3] if self.channels >= 3 else image[:, :, [0, 0, 0]]
-        return np.ascontiguousarray(shown.astype(np.uint8))
+        return shown_channels(read_image(dataset_dict["file_name"], self.channels, self.max_value))
 
     def __call__(self, dataset_dict: dict) -> dict:
         """Map one dataset dict as detectron2's ``DatasetMapper`` does.

@@ -112,18 +112,18 @@ def mixup(sample: Sample, other: Sample) -> Sample:
     other = window(other, 0, 0, *sample["image"].shape[1:])
     share = np.random.beta(8.0, 8.0)
     image = share * sample["image"].float() + (1 - share) * other["image"].float()
-    instances = Instances.cat([_with_bits(sample["instances"]), other["instances"]])
+    instances = Instances.cat([with_bits(sample["instances"]), other["instances"]])
     return {**sample, "image": image.round().to(sample["image"].dtype), "instances": instances}
 
 
 def copy_paste(sample: Sample, other: Sample) -> Sample:
     """A sample on which half of the objects of another are put."""
-    size = sample["image"].shape[1:]
-    pasted = window(other, 0, 0, *size)["instances"]
+    other = window(other, 0, 0, *sample["image"].shape[1:])
+    pasted = other["instances"]
     pasted = pasted[torch.as_tensor(np.random.rand(len(pasted)) < 0.5)]
     covered = pasted.gt_masks.tensor.any(0)
-    image = torch.where(covered, window(other, 0, 0, *size)["image"], sample["image"])
-    below = _with_bits(sample["instances"])
+    image = torch.where(covered, other["image"], sample["image"])
+    below = with_bits(sample["instances"])
     visible = below.gt_masks.tensor & ~covered
     changed = (visible != below.gt_masks.tensor).flatten(1).any(1)
     kept = visible.flatten(1).sum(1) > VISIBLE * below.gt_masks.tensor.flatten(1).sum(1)
@@ -164,7 +164,7 @@ def window(sample: Sample, y: int, x: int, height: int, width: int) -> Sample:
     if "sem_seg" in sample:
         seen["sem_seg"] = cut(sample["sem_seg"], IGNORE_LABEL)
     if "instances" in sample:
-        old = _with_bits(sample["instances"])
+        old = with_bits(sample["instances"])
         boxes = Boxes(old.gt_boxes.tensor - old.gt_boxes.tensor.new_tensor([x, y, x, y]))
         boxes.clip((height, width))
         new = Instances((height, width), gt_boxes=boxes, gt_classes=old.gt_classes)
@@ -177,8 +177,8 @@ def window(sample: Sample, y: int, x: int, height: int, width: int) -> Sample:
     return seen
 
 
-def _with_bits(instances: Instances) -> Instances:
-    """A copy with bits in place of polygons."""
+def with_bits(instances: Instances) -> Instances:
+    """A copy of ground truth with bits in place of polygons."""
     fields = instances.get_fields()
     if isinstance(fields.get("gt_masks"), PolygonMasks):
         bits = BitMasks.from_polygon_masks(fields["gt_masks"], *instances.image_size)

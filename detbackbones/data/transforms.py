@@ -4,12 +4,16 @@ Of a resized image a few pixels are one more or less than PIL's, which detectron
 label maps are equal to the bit.
 """
 
+from collections.abc import Callable
+
 import cv2
 import detectron2.data.transforms as T
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+
+from .semantic import IGNORE_LABEL
 
 
 def quick(transform: T.Transform) -> T.Transform:
@@ -38,19 +42,20 @@ class QuickAugInput(T.AugInput):
         Args:
             tfm: any transform.
         """
+        tfm = quick(tfm)
         label_map, self.sem_seg = self.sem_seg, None
-        super().transform(quick(tfm))
+        super().transform(tfm)
         if self.boxes is not None:  # or what is cropped off would be back where an image is padded
             height, width = self.image.shape[:2]
             self.boxes = self.boxes.clip(0, (width, height, width, height))
         if label_map is not None:
-            self.sem_seg = _transform_label_map(label_map, quick(tfm))
+            self.sem_seg = _transform_label_map(label_map, tfm)
 
 
 def _transform_label_map(label_map: np.ndarray, transform: T.Transform) -> np.ndarray:
     """What comes from outside of the picture is in no class, and not in the first."""
     if isinstance(transform, T.RotationTransform | T.ExtentTransform):  # which fill with 0
-        return 255 - transform.apply_segmentation(255 - label_map)
+        return IGNORE_LABEL - transform.apply_segmentation(IGNORE_LABEL - label_map)
     return transform.apply_segmentation(label_map)
 
 
@@ -88,9 +93,9 @@ def _resize_mask(mask: np.ndarray, height: int, width: int) -> np.ndarray:
 _NEAREST = cv2.INTER_NEAREST_EXACT  # as PIL has it
 
 
-def _flip(image: np.ndarray, code: int) -> np.ndarray | None:
+def _flip(image: np.ndarray, code: int, slowly: Callable) -> np.ndarray:
     if image.dtype != np.uint8 or not image.flags.c_contiguous or 0 in image.shape:
-        return None
+        return slowly(image)
     return cv2.flip(image, code).reshape(image.shape)
 
 
@@ -99,8 +104,7 @@ class QuickHFlip(T.HFlipTransform):
 
     def apply_image(self, img: np.ndarray) -> np.ndarray:
         """Flip an image (H, W, C) or (H, W)."""
-        flipped = _flip(img, 1)
-        return super().apply_image(img) if flipped is None else flipped
+        return _flip(img, 1, super().apply_image)
 
 
 class QuickVFlip(T.VFlipTransform):
@@ -108,5 +112,4 @@ class QuickVFlip(T.VFlipTransform):
 
     def apply_image(self, img: np.ndarray) -> np.ndarray:
         """Flip an image (H, W, C) or (H, W)."""
-        flipped = _flip(img, 0)
-        return super().apply_image(img) if flipped is None else flipped
+        return _flip(img, 0, super().apply_image)

@@ -9,6 +9,7 @@ from detectron2.modeling import Backbone
 from detectron2.modeling.postprocessing import sem_seg_postprocess
 from detectron2.structures import BitMasks, Instances
 
+from ..data.semantic import IGNORE_LABEL
 from ..messages import one_of, whole_number
 from .architectures import SEGMENTERS, choose_levels, import_transformers
 from .build import build_model, checkpoint_layers
@@ -17,7 +18,6 @@ from .processes import mean_per_process
 from .settings import build_config
 
 TASKS = ("instance", "semantic", "panoptic")
-IGNORE_LABEL = 255
 
 
 class TransformersSegmenter(NormalizesImages):

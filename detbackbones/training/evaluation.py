@@ -141,7 +141,7 @@ def draw_first_batch(cfg: DictConfig, loader: Iterable) -> list[Path]:
     """
     if not cfg.train.pictures or not isinstance(loader, TrainLoader):
         return []
-    batch = loader.first_batch()[: cfg.train.pictures]
+    batch = loader.first_batch(cfg.train.pictures)
     metadata = _metadata(cfg.dataloader.train)
     bgr = cfg.dataloader.train.mapper.get("image_format") == "BGR"
     return [draw_batch(batch, metadata, Path(cfg.train.output_dir, "batch.png"), bgr)]

@@ -1,7 +1,6 @@
 """The learning-rate range test: at which rates does the loss fall, and where does it rise?"""
 
 import logging
-import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -94,7 +93,7 @@ def find_lr(
     return RangeTest(rates, losses, best, picture)
 
 
-class _Risen(KeyboardInterrupt):
+class _Risen(BaseException):
     """The loss is far above its least; no ``Exception``, which detectron2 would log as a fault."""
 
 
@@ -109,7 +108,7 @@ class _Watch(HookBase):
         loss = comm.all_gather(self.trainer.storage.latest().get("total_loss", (None,))[0])[0]
         self._mean = MEMORY * self._mean + (1 - MEMORY) * loss
         self.losses.append(self._mean / (1 - MEMORY ** (len(self.losses) + 1)))
-        if not math.isfinite(loss) or self.losses[-1] > RISEN * min(self.losses):
+        if self.losses[-1] > RISEN * min(self.losses):
             raise _Risen(f"the loss has risen to {self.losses[-1]:.4g} from {min(self.losses):.4g}")
 
 

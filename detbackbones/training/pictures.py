@@ -9,13 +9,14 @@ import numpy as np
 from detectron2.data import Metadata
 from detectron2.data.detection_utils import annotations_to_instances
 from detectron2.data.transforms import ResizeTransform
-from detectron2.structures import BitMasks, Instances, PolygonMasks
+from detectron2.structures import Instances
 from detectron2.utils.colormap import colormap
 from detectron2.utils.visualizer import Visualizer
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from ..data.images import read_image, read_label_map
+from ..data.images import read_image, read_label_map, shown_channels
+from ..data.mixing import with_bits
 
 CELL, PANEL = 600, 592  # pixels: width of a column of pictures, and of a picture
 HEADER = 30  # pixels: height of the titles
@@ -103,19 +104,13 @@ def draw_batch(
     """
     colors, pictures, drawn = _colors(metadata), [], set()
     for sample in samples:
-        pixels = sample["image"].permute(1, 2, 0).numpy()
-        pixels = pixels[:, :, :3] if pixels.shape[2] >= 3 else pixels[:, :, [0, 0, 0]]
-        pixels = np.ascontiguousarray(pixels[:, :, ::-1] if bgr else pixels, dtype=np.uint8)
+        pixels = shown_channels(sample["image"].permute(1, 2, 0).numpy())
+        pixels = np.ascontiguousarray(pixels[:, :, ::-1]) if bgr else pixels
         regions = []
         if "sem_seg" in sample:
             regions += _stuff(sample["sem_seg"].numpy(), metadata)
         if "instances" in sample:
-            instances = sample["instances"]
-            if instances.has("gt_masks") and isinstance(instances.gt_masks, PolygonMasks):
-                masks = BitMasks.from_polygon_masks(instances.gt_masks, *instances.image_size)
-                instances = Instances(instances.image_size, **instances.get_fields())
-                instances.gt_masks = masks
-            regions += _objects(instances, metadata)
+            regions += _objects(with_bits(sample["instances"]), metadata)
         regions = [region for region in regions if region.name not in UNPAINTED]
         drawn.update(region.name for region in regions)
         pictures.append(_draw(pixels, regions, colors))

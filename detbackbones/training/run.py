@@ -133,8 +133,8 @@ def check_config(
     check_settings(apply_overrides(cfg, list(overrides)))
     settings = cfg.train
     one_of("train.amp.dtype", settings.amp.dtype, AMP_DTYPES)
-    for name in settings.trackers:
-        one_of("train.trackers", name, TRACKERS)
+    for tracker in settings.trackers:
+        one_of("train.trackers", tracker, TRACKERS)
     gpu = torch.cuda.is_available()
     one_of("train.device", settings.device, ("auto", "cpu", "cuda") if gpu else ("auto", "cpu"))
     if settings.patience and not settings.eval_period:
@@ -165,7 +165,7 @@ class Run:
     @property
     def evaluated(self) -> nn.Module:
         """The model that is evaluated: with ``train.model_ema`` the average."""
-        return evaluated_model(self.trainer)
+        return self.trainer.evaluated_model
 
 
 def prepare(cfg: DictConfig, *, resume: bool = False) -> Run:
@@ -191,7 +191,7 @@ def prepare(cfg: DictConfig, *, resume: bool = False) -> Run:
         logger.warning(odd)
     settings = cfg.train
     patience = settings.patience and settings.patience * settings.eval_period
-    best = BestModel(evaluated_model(trainer), folder, settings.best_metric, patience)
+    best = BestModel(trainer.evaluated_model, folder, settings.best_metric, patience)
     best.read(start)
     trackers = build_trackers(cfg, resume=start > 0) if main else []
     if main:
@@ -199,11 +199,6 @@ def prepare(cfg: DictConfig, *, resume: bool = False) -> Run:
         LazyConfig.save(cfg, os.path.join(folder, "config.yaml"))
     comm.synchronize()
     return Run(cfg, trainer, checkpointer, start, best, trackers)
-
-
-def evaluated_model(trainer: Trainer) -> nn.Module:
-    """The model that is evaluated: with ``train.model_ema`` the average."""
-    return trainer.bare_model if trainer.average is None else trainer.average.module
 
 
 def fit(run: Run) -> Results:
@@ -222,7 +217,6 @@ def fit(run: Run) -> Results:
         run.checkpointer, settings.checkpointer.period, max_to_keep=keep
     )
     saving.recent_checkpoints = run.checkpointer.kept(run.start_iter, keep)
-    best = run.best
     missed = missed_evaluation(
         folder / "metrics.json", run.start_iter, settings.eval_period, settings.max_iter
     )
@@ -232,7 +226,7 @@ def fit(run: Run) -> Results:
         nonlocal evaluator
         found, evaluator = evaluate_model(cfg, run.evaluated, interrupt.check)
         results.update(found)
-        best.update(results, min(get_event_storage().iter, settings.max_iter - 1))
+        run.best.update(results, min(get_event_storage().iter, settings.max_iter - 1))
         return results
 
     timing = [hooks.IterationTimer(), hooks.LRScheduler(scheduler=instantiate(cfg.lr_multiplier))]
@@ -246,7 +240,7 @@ def fit(run: Run) -> Results:
         settings.eval_period, evaluation, before=file.write if main else None, missed=missed
     )
     saving = [saving] if main else []
-    trainer.register_hooks([*timing, *saving, evaluating, *writing, best, interrupt])
+    trainer.register_hooks([*timing, *saving, evaluating, *writing, run.best, interrupt])
     parameters = list(run.model.parameters())
     logger.info(
         "training %s on %s, iterations %d to %d, into %s: %.1f M parameters, %.1f M trainable",

@@ -4,7 +4,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -129,10 +129,7 @@ def _allowed(name: str) -> str:
     return re.sub(r"[^\w\-. /]", "_", name)
 
 
-TRACKERS: dict[str, Callable[[DictConfig, str | None], Any]] = {
-    "wandb": WandbWriter,
-    "mlflow": MLflowWriter,
-}
+TRACKERS: dict[str, type[TrackerWriter]] = {"wandb": WandbWriter, "mlflow": MLflowWriter}
 
 
 def build_trackers(cfg: DictConfig, *, resume: bool) -> Sequence[NewMetricsWriter]:

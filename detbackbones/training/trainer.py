@@ -101,6 +101,11 @@ class Trainer(SimpleTrainer):
         """The model without the wrapper of distributed training."""
         return self.model.module if isinstance(self.model, DistributedDataParallel) else self.model
 
+    @property
+    def evaluated_model(self) -> nn.Module:
+        """The model that is evaluated: the average, where there is one."""
+        return self.bare_model if self.average is None else self.average.module
+
     def before_train(self) -> None:
         """Let the data start where training does."""
         if hasattr(self.data_loader, "start_iter"):
@@ -137,10 +142,9 @@ class Trainer(SimpleTrainer):
 
     def _accumulate(self, data: Sequence) -> dict[str, torch.Tensor]:
         """Add the gradients of a batch, part by part; returns its losses."""
-        size = len(data) // self.accumulation_steps
-        parts = [data[i * size : (i + 1) * size] for i in range(self.accumulation_steps)]
+        parts, shares = self._split(data)
         losses: dict[str, torch.Tensor] = {}
-        for part, share in zip(parts, self._shares(data, parts)):
+        for part, share in zip(parts, shares):
             with self._synchronizing(part is parts[-1]):
                 with torch.autocast(self.device, self.amp_dtype, enabled=bool(self.amp_dtype)):
                     try:
@@ -153,13 +157,16 @@ class Trainer(SimpleTrainer):
                 losses[name] = losses.get(name, 0) + loss.detach()
         return losses
 
-    def _shares(self, data: Sequence, parts: Sequence[Sequence]) -> list[float]:
-        """What the losses of each part are multiplied by, to add up to those of the batch."""
-        if len(parts) == 1:
-            return [1.0]
+    def _split(self, data: Sequence) -> tuple[list[Sequence], list[float]]:
+        """The parts of a batch, and what their losses are multiplied by to add up to its own."""
+        steps = self.accumulation_steps
+        if steps == 1:
+            return [data], [1.0]
+        size = len(data) // steps
+        parts = [data[i * size : (i + 1) * size] for i in range(steps)]
         divisor = getattr(self.bare_model, "loss_divisor", len)
         whole = divisor(data)
-        return [divisor(part) / whole for part in parts]
+        return parts, [divisor(part) / whole for part in parts]
 
     def _synchronizing(self, last: bool) -> contextlib.AbstractContextManager:
         """Processes share the gradients of the last part of a batch alone, and so of all."""
