@@ -32,6 +32,16 @@ def whole_number(parameter: str, value: object) -> None:
         raise ValueError(f"{parameter}={value!r} must be a whole number from 1")
 
 
+def fraction(parameter: str, value: object) -> None:
+    """Refuse what is no number from 0 to 1.
+
+    Raises:
+        ValueError: with one sentence that names parameter and value.
+    """
+    if not isinstance(value, int | float) or not 0 <= value <= 1:
+        raise ValueError(f"{parameter}={value!r} must be a number from 0 to 1")
+
+
 def one_of(parameter: str, value: object, valid: Iterable[str], hint: str = "") -> None:
     """Refuse a value that is not among the valid ones.
 

@@ -6,7 +6,7 @@ r"""Train a detector from a LazyConfig, then evaluate it and draw what it predic
 
 The config is a file, or one that comes with the package, by its name. The output folder gets
 config.yaml, checkpoints, metrics.json, log.txt, and pictures: predictions.png, hardest.png,
-errors.png and curves.png.
+errors.png, curves.png, and batch.png, which shows what the first batch was.
 """
 
 import signal
@@ -53,12 +53,16 @@ def work(command: str, cfg: DictConfig, resume: bool) -> None:
 
 
 def find(command: str, cfg: DictConfig) -> None:
-    """What each process does for --find-lr; wrong input ends it in one sentence."""
+    """What each process does for --find-lr; wrong input and Ctrl-C end it in one sentence."""
     try:
         with logging_to(cfg.train.output_dir):
             find_lr(cfg)
     except (*WRONG_INPUT, *RUN_ERRORS) as error:
         fail(command, error)
+    except KeyboardInterrupt:
+        if comm.is_main_process():
+            print(f"detbackbones {command}: interrupted by SIGINT", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
 
 
 def main(words: Sequence[str] | None = None) -> None:
@@ -71,6 +75,13 @@ def main(words: Sequence[str] | None = None) -> None:
     add("--find-lr", action="store_true", help="try learning rates, in 100 steps; do not train")
     args = parser.parse_intermixed_args(words)
     if args.find_lr:
+        for other in ("resume", "overwrite", "eval_only"):
+            if getattr(args, other):
+                fail(
+                    "train",
+                    f"--find-lr must stand without --{other.replace('_', '-')}: it trains "
+                    "and keeps nothing",
+                )
         start("train", args, find)
         return
     if args.eval_only:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import detectron2.data.transforms as T
 import numpy as np
 
+from ..messages import fraction
 from .semantic import IGNORE_LABEL
 
 GRAY = 128  # of what is padded
@@ -34,7 +35,12 @@ def build_augmentations(
         color: brightness, contrast and saturation are multiplied by up to 1 plus or minus this.
         upright: whether the pictures have an up; those without one, as of a microscope or from
             above, are turned by 90, 180 and 270 degrees, too.
+
+    Raises:
+        ValueError: if ``crop``, ``zoom_out`` or ``color`` is no number from 0 to 1.
     """
+    for name, value in (("crop", crop), ("zoom_out", zoom_out), ("color", color)):
+        fraction(name, value)
     augmentations: list[T.Augmentation] = []
     if color:
         extent = (1 - color, 1 + color)

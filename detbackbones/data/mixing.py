@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from detectron2.structures import BitMasks, Boxes, Instances, PolygonMasks
 
+from ..messages import fraction
 from .augmentation import GRAY
 from .semantic import IGNORE_LABEL
 
@@ -39,7 +40,17 @@ class Mixing:
                 by their masks (Ghiasi et al., arXiv 2012.07177).
             until: the part of ``max_iter`` after which no images are mixed.
             max_iter: iterations of the training.
+
+        Raises:
+            ValueError: if a probability or ``until`` is no number from 0 to 1.
         """
+        for name, value in (
+            ("mosaic", mosaic),
+            ("mixup", mixup),
+            ("copy_paste", copy_paste),
+            ("until", until),
+        ):
+            fraction(name, value)
         self.mosaic, self.mixup, self.copy_paste = mosaic, mixup, copy_paste
         self.iterations = int(until * max_iter)
 
@@ -70,13 +81,12 @@ class Mixing:
             ValueError: if label maps are to be mixed otherwise than by mosaic, objects without
                 masks by copy-paste, or keypoints at all.
         """
-        if keypoints and (self.mosaic or self.mixup or self.copy_paste):
-            raise ValueError("mosaic, mixup and copy_paste must be 0 where keypoints are learned")
-        for name in ("mixup", "copy_paste"):
-            if getattr(self, name) and label_maps:
-                raise ValueError(
-                    f"{name}={getattr(self, name)} must be 0 for label maps, which mosaic can mix"
-                )
+        for name in ("mosaic", "mixup", "copy_paste"):
+            value = getattr(self, name)
+            if value and keypoints:
+                raise ValueError(f"{name}={value} must be 0 where keypoints are learned")
+            if value and label_maps and name != "mosaic":
+                raise ValueError(f"{name}={value} must be 0 for label maps, which mosaic can mix")
         if self.copy_paste and not masks:
             raise ValueError(
                 f"copy_paste={self.copy_paste} must be 0 where no masks are learned, by which it "

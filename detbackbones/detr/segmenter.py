@@ -10,7 +10,7 @@ from detectron2.modeling.postprocessing import sem_seg_postprocess
 from detectron2.structures import BitMasks, Instances
 
 from ..data.semantic import IGNORE_LABEL
-from ..messages import one_of, whole_number
+from ..messages import fraction, one_of, whole_number
 from .architectures import SEGMENTERS, choose_levels, import_transformers
 from .build import build_model, checkpoint_layers
 from .images import NormalizesImages, check_classes, true_masks, upsampled
@@ -92,8 +92,7 @@ class TransformersSegmenter(NormalizesImages):
             ("object_score_thresh", object_score_thresh),
             ("overlap_thresh", overlap_thresh),
         ):
-            if not isinstance(value, int | float) or not 0 <= value <= 1:
-                raise ValueError(f"{key}={value!r} must be a number from 0 to 1")
+            fraction(key, value)
         import_transformers()
         from .point_loss import PointLoss  # which needs transformers
 

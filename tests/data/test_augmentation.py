@@ -138,3 +138,10 @@ def test_settings_of_a_config(tmp_path):
     ):
         with pytest.raises(ValueError, match=f"dataset.augmentation.{word[:4]}.* must {must}"):
             check_config(cfg, [f"dataset.augmentation.{word}"])
+
+
+@pytest.mark.parametrize("name", ["crop", "zoom_out", "color"])
+@pytest.mark.parametrize("value", [1.5, -0.1, "half"])
+def test_a_strength_that_is_none(name, value):
+    with pytest.raises(ValueError, match=f"{name}={value!r} must be a number from 0 to 1"):
+        build_augmentations([80], 100, **{name: value})

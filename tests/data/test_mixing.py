@@ -167,8 +167,15 @@ def test_what_the_data_do_not_allow():
 
     with pytest.raises(ValueError, match="mixup=0.5 must be 0 for label maps"):
         build({"sem_seg_file_name": "a.png"}, mixup=0.5)
-    with pytest.raises(ValueError, match="must be 0 where keypoints are learned"):
+    with pytest.raises(ValueError, match="mosaic=0.5 must be 0 where keypoints are learned"):
         Mixing(mosaic=0.5, max_iter=9).check(label_maps=False, masks=False, keypoints=True)
     with pytest.raises(ValueError, match="copy_paste=0.1 must be 0 where no masks are learned"):
         build({}, copy_paste=0.1)
     build({"sem_seg_file_name": "a.png"}, mosaic=0.5)
+
+
+@pytest.mark.parametrize("name", ["mosaic", "mixup", "copy_paste", "until"])
+@pytest.mark.parametrize("value", [1.5, -0.1, "half", None])
+def test_a_probability_that_is_none(name, value):
+    with pytest.raises(ValueError, match=f"{name}={value!r} must be a number from 0 to 1"):
+        Mixing(**{name: value}, max_iter=9)

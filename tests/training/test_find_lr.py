@@ -32,3 +32,9 @@ def test_the_loss_falls_and_then_rises(tiny_cfg, tmp_path):
 def test_wrong_ranges(tiny_cfg, words, must):
     with pytest.raises(ValueError, match=must):
         find_lr(tiny_cfg, **words)
+
+
+@pytest.mark.parametrize("other", ["--resume", "--overwrite", "--eval-only"])
+def test_it_stands_alone(run_train_net, capsys, other):
+    assert run_train_net("--config-file", "finetune/fcos.py", "--find-lr", other) == 2
+    assert f"--find-lr must stand without {other}" in capsys.readouterr().err
