@@ -1,10 +1,12 @@
 """What matters when a detector is fine-tuned: one setting at a time is changed, and AP compared.
 
-It is changed from the config with optimizer.lr=2e-4.
+It is changed from the config with optimizer.lr=2e-4; with --recipe augmentation, mixing and a
+moving average are added to the config as it is, one at a time and together.
 
     python tools/benchmark/finetuning.py boxes FOLDER --output output/finetuning
     python tools/benchmark/finetuning.py masks FOLDER --output output/finetuning
     python tools/benchmark/finetuning.py labels FOLDER --output output/finetuning
+    python tools/benchmark/finetuning.py boxes FOLDER --output output/recipe --recipe
 
 FOLDER has train.json, val.json and images/, or for labels images/ with files called train_* and
 val_*, and their label maps in labels/. Each run is a `detbackbones train` whose command is kept
@@ -57,6 +59,26 @@ def settings(iterations: int) -> dict[str, list[str]]:
         "random, the same, batches of 1": [*RANDOM, *one],
         "random, the same, norm=FrozenBN": [*RANDOM, f"{BACKBONE}.norm=FrozenBN"],
     }
+
+
+RECIPE = {
+    "nothing": [],
+    "moving average": ["train.model_ema.enabled=True"],
+    "scale jitter": ["dataset.augmentation.scale_jitter=[0.5,2.0]"],
+    "crop": ["dataset.augmentation.crop=0.5"],
+    "zoom out": ["dataset.augmentation.zoom_out=0.3"],
+    "colour": ["dataset.augmentation.color=0.4"],
+    "no up": ["dataset.augmentation.upright=False"],
+    "mosaic": ["dataset.mixing.mosaic=0.5"],
+    "mixup": ["dataset.mixing.mixup=0.2"],
+    "copy-paste": ["dataset.mixing.copy_paste=0.3"],
+}
+
+
+def recipe(task: str) -> dict[str, list[str]]:
+    """The parts of a recipe, by a name, and all of them."""
+    parts = {k: words for k, words in RECIPE.items() if k != "copy-paste" or task == "masks"}
+    return {**parts, "all": [word for words in parts.values() for word in words]}
 
 
 # The config, what it needs, and the metric that is compared.
@@ -116,6 +138,8 @@ def main() -> None:
     parser.add_argument("--iterations", type=int, default=200, help="default: %(default)s")
     parser.add_argument("--seeds", type=int, default=2, help="default: %(default)s")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time; default: %(default)s")
+    parser.add_argument("--recipe", action="store_true", help="compare the parts of the recipe")
+    parser.add_argument("--add", nargs="+", default=[], metavar="KEY=VALUE", help="to all runs")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="some of the settings")
     args = parser.parse_args()
     for key, least in (("iterations", 4), ("seeds", 1), ("jobs", 1)):
@@ -123,7 +147,7 @@ def main() -> None:
             parser.error(f"--{key} {getattr(args, key)} must be at least {least}")
     if not args.folder.is_dir():
         parser.error(f"folder {str(args.folder)!r} must be a folder with the data")
-    every = settings(args.iterations)
+    every = recipe(args.task) if args.recipe else settings(args.iterations)
     if unknown := set(args.only or ()) - every.keys():
         parser.error(f"--only {unknown.pop()!r} must be one of {', '.join(every)}")
     config, needs, metric = TASKS[args.task]
@@ -141,16 +165,17 @@ def main() -> None:
             ]
             words += [f"{BACKBONE}.model_name=tf_efficientnet_lite0", f"train.seed={seed}"]
             words += [f"train.max_iter={args.iterations}", "train.pictures=0"]
-            words += ["optimizer.lr=2e-4", *every[name]]
-            words += [f"train.eval_period={steps // 4}", f"train.checkpointer.period={steps}"]
-            words += ["dataloader.train.num_workers=1", "dataloader.test.num_workers=1"]
+            words += [*([] if args.recipe else ["optimizer.lr=2e-4"]), *every[name]]
+            words += [f"train.eval_period={steps // (2 if args.recipe else 4)}"]
+            words += [f"train.checkpointer.period={steps}", "dataloader.train.num_workers=1"]
+            words += ["dataloader.test.num_workers=1", *args.add]
             cases[name, seed] = (words, metric)
     found = train_all(cases, output, args.jobs)
     rows = {name: [found[name, seed] for seed in range(args.seeds)] for name in names}
     table = []
     for name, runs in rows.items():
         ends = [run["curve"][-1][1] for run in runs]
-        halves = [run["curve"][1][1] for run in runs]
+        halves = [run["curve"][len(run["curve"]) // 2 - 1][1] for run in runs]
         table.append((name, statistics.mean(halves), statistics.mean(ends), min(ends), max(ends)))
     headers = ("setting", f"{metric} at half", "at the end", "lowest", "highest")
     print(tabulate(table, headers, "github", floatfmt=".1f"))
