@@ -66,6 +66,7 @@ setup(
     ],
     extras_require={
         "detr": ["scipy", "transformers>=5.23"],
+        "lora": ["peft"],
         "docs": ["mkdocs-material", "mkdocstrings[python]"],
         "track": ["mlflow-skinny", "wandb"],
         "test": ["playwright", "pytest", "pytest-xdist", "ruff", "scikit-image"],

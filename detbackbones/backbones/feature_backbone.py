@@ -1,5 +1,6 @@
 """FeatureBackbone: a model of any source as a detectron2 backbone."""
 
+import copy
 import logging
 import math
 from collections.abc import Mapping, Sequence
@@ -16,6 +17,7 @@ from torch import nn
 from ..adapt.fold import fold_norms
 from ..adapt.freeze import freeze, frozen_part
 from ..adapt.grad_checkpointing import Checkpoints
+from ..adapt.lora import add_lora, forget_updates, is_update, merged, own_name
 from ..adapt.memory_format import gains_from_channels_last
 from ..adapt.norm import NORMS, convert_norm, is_batch_norm
 from ..adapt.prune import prune
@@ -63,6 +65,7 @@ class FeatureBackbone(Backbone):
         channels_last: bool | None = None,
         compile: bool = False,
         grad_checkpointing: bool = False,
+        lora_rank: int = 0,
     ):
         """
         Args:
@@ -80,11 +83,14 @@ class FeatureBackbone(Backbone):
                 on a CPU in models with batch norm.
             compile: pass the extractor through ``torch.compile``.
             grad_checkpointing: compute maps again in the backward pass instead of keeping them.
+            lora_rank: freeze the model, and train updates of this rank of its linear layers and
+                1x1 convolutions, see :func:`detbackbones.adapt.lora.add_lora`; 0 is none.
 
         Raises:
             ValueError: if an argument is out of range, or the model cannot give these levels.
             FileNotFoundError: if ``checkpoint_path`` does not exist.
             ConnectionError: if pretrained weights cannot be downloaded.
+            ImportError: if peft is needed and not installed.
         """
         super().__init__()
         switches = {"pretrained": pretrained, "fold": fold, "compile": compile}
@@ -110,6 +116,9 @@ class FeatureBackbone(Backbone):
         if norm == "FrozenBN":  # what is a batch norm still is of no class that we can replace
             modules = extractor.named_modules()
             self._eval_modules += [name for name, module in modules if is_batch_norm(module)]
+        if lora_rank:
+            frozen = {prefix + name for name in part.modules}
+            add_lora(extractor, lora_rank, fit.trace.modules.keys() - frozen)
         if fold:
             _fold(extractor, fit, source.in_channels)
         if compile:
@@ -300,6 +309,12 @@ class FeatureBackbone(Backbone):
             self.extractor.get_submodule(name).eval()
         return self
 
+    def __deepcopy__(self, memo: dict) -> "FeatureBackbone":
+        new = type(self).__new__(type(self))
+        memo[id(self)] = new
+        new.__dict__ = copy.deepcopy(self.__dict__, memo)
+        return new.train(self.training)  # a copied GraphModule is in training mode
+
     def match_source(
         self, tensors: Mapping[str, torch.Tensor], within: str | None = None
     ) -> tuple[Part, list[str]]:
@@ -318,7 +333,7 @@ class FeatureBackbone(Backbone):
                 not.
         """
         own = self._source_state()
-        part = find_part(tensors, own, self.source.convert, within)
+        part = find_part(merged(tensors), own, self.source.convert, within)
         parts = {key.partition(".")[0] for key in own}
         for key in part.state if part.fitting else ():
             learned = key.endswith(_LEARNED) and key.partition(".")[0] in parts or key in _TOKENS
@@ -330,6 +345,7 @@ class FeatureBackbone(Backbone):
         """Load what :meth:`match_source` has found."""
         fit = fitting(part.state, self._source_state())
         self.load_state_dict({f"model.{key}": value for key, value in fit.items()}, strict=False)
+        forget_updates(self)
 
     def load_source(self, tensors: Mapping[str, torch.Tensor]) -> tuple[Part, list[str]]:
         """:meth:`match_source`, and load what it finds."""
@@ -338,7 +354,8 @@ class FeatureBackbone(Backbone):
         return part, wanting
 
     def _source_state(self) -> dict[str, torch.Tensor]:
-        return {key.removeprefix("model."): value for key, value in self.state_dict().items()}
+        state = self.state_dict()
+        return {key.removeprefix("model."): state[key] for key in state if not is_update(key)}
 
     def load_checkpoint(self, path: str) -> None:
         """Load a file with weights of the source model, or of a detector with this backbone, whole.
@@ -376,12 +393,13 @@ class FeatureBackbone(Backbone):
         See :func:`detbackbones.training.depths.parameter_depths`.
         """
         depths = self.source.depths
-        return depths and {f"model.{k}": depths[k] for k, _ in self.model.named_parameters()}
+        names = [name for name, _ in self.model.named_parameters()]
+        return depths and {f"model.{name}": depths[own_name(name)] for name in names}
 
     def no_weight_decay(self) -> set[str]:
         """Names of the parameters that the source model exempts from weight decay."""
         names = [name for name, _ in self.model.named_parameters()]
-        return {f"model.{name}" for name in names if name in self.source.no_weight_decay}
+        return {f"model.{name}" for name in names if own_name(name) in self.source.no_weight_decay}
 
 
 def _fold(extractor: nn.Module, fit: Fit, in_channels: int) -> None:

@@ -43,6 +43,7 @@ class TimmBackbone(FeatureBackbone):
         channels_last: bool | None = None,
         compile: bool = False,
         grad_checkpointing: bool = False,
+        lora_rank: int = 0,
         output_stride: int | None = None,
         img_size: int | None = None,
         patch_size: int | None = None,
@@ -72,6 +73,8 @@ class TimmBackbone(FeatureBackbone):
             compile: run the model through ``torch.compile``.
             grad_checkpointing: compute maps again in the backward pass instead of keeping them:
                 less memory, more time.
+            lora_rank: freeze the model, and train updates of this rank of its linear layers and
+                1x1 convolutions (LoRA, needs peft); 0 is none.
             output_stride: 8, 16 or 32; dilate the late stages to keep it, in models that can.
             img_size: build the model for images of this size, in models that are built for one.
                 Most take others too; those that do not take images up to this size.
@@ -86,6 +89,7 @@ class TimmBackbone(FeatureBackbone):
             ValueError: if an argument is out of range or the model cannot give what is asked.
             FileNotFoundError: if ``checkpoint_path`` does not exist.
             ConnectionError: if pretrained weights cannot be downloaded.
+            ImportError: if peft is needed and not installed.
         """
         norm = norm_from_detrex(features_only, norm_layer, norm)
         whole_number("in_channels", in_channels)
@@ -124,6 +128,7 @@ class TimmBackbone(FeatureBackbone):
             channels_last=channels_last,
             compile=compile,
             grad_checkpointing=grad_checkpointing,
+            lora_rank=lora_rank,
         )
         self.indices = {} if levels.by_module else {v: k for k, v in levels.names.items()}
 

@@ -41,6 +41,7 @@ class TorchvisionBackbone(FeatureBackbone):
         channels_last: bool | None = None,
         compile: bool = False,
         grad_checkpointing: bool = False,
+        lora_rank: int = 0,
         img_size: int | None = None,
         drop_path_rate: float | None = None,
         model_kwargs: dict[str, Any] | None = None,
@@ -69,6 +70,8 @@ class TorchvisionBackbone(FeatureBackbone):
             compile: run the model through ``torch.compile``.
             grad_checkpointing: compute maps again in the backward pass instead of keeping them:
                 less memory, more time.
+            lora_rank: freeze the model, and train updates of this rank of its linear layers and
+                1x1 convolutions (LoRA, needs peft); 0 is none.
             img_size: build a ViT or MaxViT for images of this size. A ViT takes others too, a
                 MaxViT takes images up to this size.
             drop_path_rate: stochastic depth, in models that have it.
@@ -121,6 +124,7 @@ class TorchvisionBackbone(FeatureBackbone):
             channels_last=channels_last,
             compile=compile,
             grad_checkpointing=grad_checkpointing,
+            lora_rank=lora_rank,
         )
 
     @classmethod

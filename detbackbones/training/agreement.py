@@ -153,6 +153,7 @@ def frozen_at_random(cfg: DictConfig) -> str:
         return ""
     kept = [f"freeze_at={backbone.freeze_at}"] if backbone.get("freeze_at") else []
     kept += ["norm=FrozenBN"] if backbone.get("norm") == "FrozenBN" else []
+    kept += [f"lora_rank={backbone.lora_rank}"] if backbone.get("lora_rank") else []
     if not kept:
         return ""
     return (

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Mapping
 
+from ..adapt.lora import own_name
 from ..backbones.feature_backbone import FeatureBackbone
 
 
@@ -17,9 +18,11 @@ def parameter_depths(backbone: FeatureBackbone) -> dict[str, int]:
     """
     depths = backbone.parameter_depths()
     if depths is None:
-        parameters = dict(backbone.named_parameters())
-        order = [name for name in backbone.execution_order if name in parameters]
-        depths = depths_by_execution({name: parameters[name].ndim for name in order})
+        names = {name: own_name(name) for name, _ in backbone.named_parameters()}
+        sizes = {names[name]: value.ndim for name, value in backbone.named_parameters()}
+        order = [name for name in backbone.execution_order if name in sizes]
+        found = depths_by_execution({name: sizes[name] for name in order})
+        depths = {name: found[own] for name, own in names.items() if own in found}
     return depths
 
 

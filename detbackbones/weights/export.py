@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 import torch
 
+from ..adapt.lora import merged
 from .files import write_checkpoint
 from .packages import PREFIX
 from .parts import choose
@@ -38,7 +39,7 @@ def backbone_state_dict(
         return {}
     most = max(counts.values())
     prefix = choose([*counts], [prefix for prefix in counts if counts[prefix] == most])
-    return {m.string[m.end() :]: tensors[m.string] for m in found if m[1] == prefix}
+    return merged({m.string[m.end() :]: tensors[m.string] for m in found if m[1] == prefix})
 
 
 def export_backbone(checkpoint: str, output: str) -> int:

@@ -8,7 +8,7 @@ import torch
 from detbackbones import FeatureBackbone, TimmBackbone, TorchvisionBackbone
 from detbackbones.backbones.source import Levels, Source
 from detbackbones.measure.levels import select_levels
-from support import assert_close, images
+from support import assert_close, images, randomise
 from torch import nn
 
 
@@ -435,3 +435,15 @@ def test_compiled(kind, arguments, monkeypatch):
                 assert_close(output, expected[level])
     sum(level.mean() for level in got.values()).backward()
     assert all(p.grad is not None for p in compiled.parameters())
+
+
+@pytest.mark.parametrize("kind", [TimmBackbone, TorchvisionBackbone])
+@torch.no_grad()
+def test_a_copy_is_in_the_same_mode(kind):
+    """A copied GraphModule would be in training mode, and its batch norm compute otherwise."""
+    backbone = randomise(kind("resnet18")).eval()
+    detector = copy.deepcopy(nn.Sequential(backbone).eval())
+    assert not any(module.training for module in detector.modules())
+    x = images(1, 3, 64, 64)
+    for got, expected in zip(detector(x).values(), backbone(x).values(), strict=True):
+        assert torch.equal(got, expected)

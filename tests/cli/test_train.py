@@ -129,12 +129,13 @@ RESUMED = {
     "running mean": ("retinanet",),
     "denoising": ("rt_detr",),
     "dino": ("dino",),
-    "average, in parts, mixed": (
+    "average, in parts, mixed, LoRA": (
         "dino",
         "train.model_ema.enabled=True",
         "train.accumulation_steps=2",
         "dataset.mixing.mosaic=0.5",
         "dataset.augmentation.color=0.4",
+        "model.backbone.lora_rank=2",
     ),
     "points of masks": ("mask2former_instance", "model.config_kwargs.train_num_points=50"),
     "bfloat16": ("faster_rcnn", "train.amp.enabled=True"),
