@@ -9,14 +9,16 @@ config.yaml, checkpoints, metrics.json, log.txt, and pictures: predictions.png, 
 errors.png, curves.png, and batch.png, which shows what the first batch was.
 """
 
+import argparse
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 
 from detectron2.utils import comm
 from omegaconf import DictConfig
 
+from ..training.find_batch import find_batch
 from ..training.find_lr import find_lr
 from ..training.interrupt import Interrupted
 from ..training.log import RUN_ERRORS, logging_to
@@ -52,17 +54,23 @@ def work(command: str, cfg: DictConfig, resume: bool) -> None:
         sys.exit(128 + signal.SIGINT)
 
 
-def find(command: str, cfg: DictConfig) -> None:
-    """What each process does for --find-lr; wrong input and Ctrl-C end it in one sentence."""
+def find(command: str, cfg: DictConfig, tool: Callable[[DictConfig], object]) -> None:
+    """What each process does for --find-lr and --find-batch; wrong input and Ctrl-C end it in one
+    sentence.
+    """
     try:
         with logging_to(cfg.train.output_dir):
-            find_lr(cfg)
+            tool(cfg)
     except (*WRONG_INPUT, *RUN_ERRORS) as error:
         fail(command, error)
     except KeyboardInterrupt:
         if comm.is_main_process():
             print(f"detbackbones {command}: interrupted by SIGINT", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
+
+
+def _has(args: argparse.Namespace, key: str) -> bool:
+    return getattr(args, key.removeprefix("--").replace("-", "_"))
 
 
 def main(words: Sequence[str] | None = None) -> None:
@@ -73,16 +81,14 @@ def main(words: Sequence[str] | None = None) -> None:
     add("--overwrite", action="store_true", help="replace the run in the output folder")
     add("--eval-only", action="store_true", help="evaluate, do not train: detbackbones eval")
     add("--find-lr", action="store_true", help="try learning rates, in 100 steps; do not train")
+    add("--find-batch", action="store_true", help="say how many images fit; do not train")
     args = parser.parse_intermixed_args(words)
-    if args.find_lr:
-        for other in ("resume", "overwrite", "eval_only"):
-            if getattr(args, other):
-                fail(
-                    "train",
-                    f"--find-lr must stand without --{other.replace('_', '-')}: it trains "
-                    "and keeps nothing",
-                )
-        start("train", args, find)
+    tools = {"--find-lr": find_lr, "--find-batch": find_batch}
+    given = [key for key in (*tools, "--resume", "--overwrite", "--eval-only") if _has(args, key)]
+    if given and given[0] in tools:
+        if len(given) > 1:
+            fail("train", f"{given[0]} must stand without {given[1]}: it keeps nothing")
+        start("train", args, find, tool=tools[given[0]])
         return
     if args.eval_only:
         start("train", args, evaluation.work)

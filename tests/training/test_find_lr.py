@@ -34,7 +34,8 @@ def test_wrong_ranges(tiny_cfg, words, must):
         find_lr(tiny_cfg, **words)
 
 
+@pytest.mark.parametrize("mode", ["--find-lr", "--find-batch"])
 @pytest.mark.parametrize("other", ["--resume", "--overwrite", "--eval-only"])
-def test_it_stands_alone(run_train_net, capsys, other):
-    assert run_train_net("--config-file", "finetune/fcos.py", "--find-lr", other) == 2
-    assert f"--find-lr must stand without {other}" in capsys.readouterr().err
+def test_it_stands_alone(run_train_net, capsys, mode, other):
+    assert run_train_net("--config-file", "finetune/fcos.py", mode, other) == 2
+    assert f"{mode} must stand without {other}" in capsys.readouterr().err
