@@ -130,6 +130,8 @@ class Trainer(SimpleTrainer):
             self.scaler.unscale_(self.optimizer)
             parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
             nn.utils.clip_grad_norm_(parameters, **self.clip_grad)
+        values = torch.stack([loss.float() for loss in losses.values()]).cpu()  # one transfer
+        losses = dict(zip(losses, values.unbind()))
         try:
             self._write_metrics(losses, data_time)
         except FloatingPointError as error:

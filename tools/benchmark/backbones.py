@@ -7,7 +7,8 @@
 Peers, with the same levels, weights and frozen parameters: for timm its own extractor
 (features_only=True) with timm's freeze_batch_norm_2d; for torchvision create_feature_extractor, and
 for ResNets IntermediateLayerGetter, frozen likewise; detectron2's own ResNet, where it has the
-model. Before anything is timed, all must give the same feature maps.
+model. Before anything is timed, all must give the same feature maps. With --variants
+the backbone with other values of fold and channels_last is a peer too, on a CPU.
 
 A training step is: forward pass, the sum of the means of the levels, backward pass, a step of SGD
 with a tiny learning rate, gradients set to None. An inference step is a forward pass in eval mode
@@ -238,6 +239,9 @@ def parse_args() -> argparse.Namespace:
     add("--compile", action="store_true", help="ours; the peers are run compiled and not")
     add("--grad-checkpointing", action="store_true", help="ours; the peers keep everything")
     add(
+        "--variants", action="store_true", help="also ours with other values of fold, channels_last"
+    )
+    add(
         "--options-off",
         action="store_true",
         help="the bare wrapper beside the bare extractor, nothing frozen or converted",
@@ -270,7 +274,11 @@ def check(args: argparse.Namespace) -> None:
     for key in ("batch", "threads", "rounds"):
         whole_number(f"--{key}", getattr(args, key))
     if args.options_off and (
-        args.freeze_at or args.grad_checkpointing or args.compile or args.norm != "FrozenBN"
+        args.variants
+        or args.freeze_at
+        or args.grad_checkpointing
+        or args.compile
+        or args.norm != "FrozenBN"
     ):
         raise ValueError("--options-off goes with no option of the backbone")
     if args.device == "cuda" and not torch.cuda.is_available():

@@ -14,7 +14,8 @@ from typing import Any
 import timm
 import torch
 import torchvision
-from detbackbones import TimmBackbone, TorchvisionBackbone
+from detbackbones import FeatureBackbone, TimmBackbone, TorchvisionBackbone
+from detbackbones.adapt.folded_conv import FoldedConv2d
 from detbackbones.measure.levels import output_list
 from detbackbones.testing.contract import TOLERANCE
 from detbackbones.testing.raw import flat
@@ -124,6 +125,14 @@ def torchvision_models(
     return ours, peers
 
 
+def variants_of(backbone: FeatureBackbone) -> list[dict[str, bool]]:
+    """The memory format and the folding that a backbone on a CPU does not choose by itself."""
+    last = backbone._channels_last_on_cpu
+    formats = [{}, {"channels_last": not last}]
+    folds = any(isinstance(module, FoldedConv2d) for module in backbone.modules())
+    return [{**f, **fold} for f in formats for fold in ({}, {"fold": False})[: 1 + folds]][1:]
+
+
 def contestants(name: str, args: argparse.Namespace, images: torch.Tensor) -> list[Contestant]:
     """The backbone of a model, first, and its peers: weights and what is frozen are the same.
 
@@ -153,6 +162,11 @@ def contestants(name: str, args: argparse.Namespace, images: torch.Tensor) -> li
             freeze_at=args.freeze_at,
         )
 
+    if args.variants:
+        for variant in variants_of(ours):
+            label = ", ".join(f"{key}={value}" for key, value in variant.items())
+            peers[label] = build(name, {**options, **variant})[0]
+
     with torch.no_grad():
         ours.eval()(torch.zeros(1, 3, *args.size))  # refuses a size in plain words
     source = with_telling_weights(next(iter(peers.values())), args.size)
@@ -162,6 +176,9 @@ def contestants(name: str, args: argparse.Namespace, images: torch.Tensor) -> li
     for label, peer in peers.items():
         if label == "detectron2":
             copy_weights(ours, peer, timm_key)
+            continue
+        if isinstance(peer, FeatureBackbone):
+            copy_weights(source, peer)
             continue
         copy_weights(source, peer)
         for key, parameter in peer.named_parameters():
