@@ -1,15 +1,17 @@
 """Panoptic quality, https://arxiv.org/abs/1801.00868."""
 
+import io
 import json
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 from detectron2.data import MetadataCatalog
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
+from hotcoco.panoptic import PanopticEval
 from PIL import Image
 
 VOID = 0  # the number of pixels that are of no segment
@@ -19,8 +21,8 @@ class PanopticEvaluator(DatasetEvaluator):
     """Evaluates ``panoptic_seg`` of a model on a dataset that detectron2 has registered.
 
     It gives what detectron2's ``COCOPanopticEvaluator`` does for models that tell of their
-    segments, and needs no package besides: PQ, SQ and RQ of all classes, of things (``PQ_th``) and
-    of stuff (``PQ_st``), in percent.
+    segments, by hotcoco in place of panopticapi: PQ, SQ and RQ of all classes, of things
+    (``PQ_th``) and of stuff (``PQ_st``), in percent; nan where there are none.
     """
 
     def __init__(self, dataset_name: str):
@@ -46,12 +48,11 @@ class PanopticEvaluator(DatasetEvaluator):
                 f"dataset {dataset_name!r} must have its segments in {str(file)!r}, which does not "
                 "exist"
             )
-        annotations = json.loads(file.read_text())["annotations"]
-        self._truth = {annotation["image_id"]: annotation for annotation in annotations}
+        self._truth = {x["image_id"]: x for x in json.loads(file.read_text())["annotations"]}
 
     def reset(self) -> None:
         """Forget what was processed."""
-        self._counts: dict[int, np.ndarray] = {}
+        self._found: list[tuple[dict[str, Any], bytes]] = []
 
     def process(self, inputs: list[dict[str, Any]], outputs: list[dict[str, Any]]) -> None:
         """
@@ -65,99 +66,46 @@ class PanopticEvaluator(DatasetEvaluator):
                 raise ValueError(
                     f"image_id={image['image_id']!r} must be in the panoptic JSON file"
                 )
-            truth = self._truth[image["image_id"]]
-            colours = np.asarray(Image.open(self._root / truth["file_name"]).convert("RGB"))
-            ids = colours.astype(np.int64) @ (1, 256, 256**2)
             found, infos = output["panoptic_seg"]
-            infos = [
+            found = found.cpu().numpy()
+            found = np.where(np.isin(found, [x["id"] for x in infos]), found, VOID)
+            there = set(np.unique(found).tolist())
+            segments = [
                 {"id": x["id"], "category_id": self._classes[x["isthing"]][x["category_id"]]}
                 for x in infos
+                if x["id"] in there
             ]
-            _add(
-                self._counts,
-                count_segments(ids, truth["segments_info"], found.cpu().numpy(), infos),
-            )
+            colours = np.stack([found >> shift & 255 for shift in (0, 8, 16)], 2).astype(np.uint8)
+            png = io.BytesIO()
+            Image.fromarray(colours).save(png, "png")
+            entry = {"image_id": image["image_id"], "segments_info": segments}
+            self._found.append((entry, png.getvalue()))
 
     def evaluate(self) -> dict[str, dict[str, float]] | None:
         """The metrics; None in a process that is not the main one."""
-        counts: dict[int, np.ndarray] = {}
-        for part in comm.gather(self._counts):
-            _add(counts, part)
+        found = {x["image_id"]: (x, png) for part in comm.gather(self._found) for x, png in part}
         if not comm.is_main_process():
             return None
-        things = [counts[i] for i in self._classes[True].values() if i in counts]
-        stuff = [counts[i] for i in self._classes[False].values() if i in counts]
+        classes = [
+            {"id": number, "name": str(number), "isthing": int(thing)}
+            for thing, group in self._classes.items()
+            for number in group.values()
+        ]
+        with TemporaryDirectory() as folder:
+            for number, (entry, png) in enumerate(found.values()):
+                entry["file_name"] = f"{number}.png"
+                Path(folder, entry["file_name"]).write_bytes(png)
+            evaluation = PanopticEval(
+                {"annotations": [self._truth[i] for i in found], "categories": classes},
+                {"annotations": [entry for entry, _ in found.values()], "categories": classes},
+                gt_folder=self._root,
+                pred_folder=folder,
+            )
+            evaluation.evaluate()
+        results = evaluation.results()
         metrics = {}
-        for end, classes in (("", things + stuff), ("_th", things), ("_st", stuff)):
-            values = zip(("PQ", "SQ", "RQ"), panoptic_quality(classes))
-            metrics |= {f"{name}{end}": 100 * value for name, value in values}
+        for end, group in (("", "All"), ("_th", "Things"), ("_st", "Stuff")):
+            for name in ("PQ", "SQ", "RQ"):
+                value = results[group][name.lower()] if results[group]["n"] else float("nan")
+                metrics[name + end] = 100 * value
         return OrderedDict(panoptic_seg=metrics)
-
-
-def count_segments(
-    truth: np.ndarray,
-    truth_infos: Iterable[Mapping[str, Any]],
-    found: np.ndarray,
-    found_infos: Iterable[Mapping[str, Any]],
-) -> dict[int, np.ndarray]:
-    """Match the segments of an image: those of one class that share more than half of their union.
-
-    Args:
-        truth: the number of each pixel's segment (H, W).
-        truth_infos: of each segment ``id``, ``category_id`` and maybe ``iscrowd``.
-        found: the same of the prediction.
-        found_infos: the same of the prediction.
-
-    Returns:
-        for each class: the sum of the IoUs of those matched; how many are matched, how many of the
-        prediction are not, and how many of the truth are not.
-    """
-    classes = {x["id"]: x["category_id"] for x in truth_infos if not x.get("iscrowd")}
-    crowds = {x["category_id"]: x["id"] for x in truth_infos if x.get("iscrowd")}
-    found_classes = {x["id"]: x["category_id"] for x in found_infos}
-    both = truth.astype(np.int64) << 32 | found.astype(np.int64)
-    pairs = (x.tolist() for x in np.unique(both, return_counts=True))
-    shared = {(pair >> 32, pair & (1 << 32) - 1): count for pair, count in zip(*pairs)}
-    area = dict(zip(*(x.tolist() for x in np.unique(truth, return_counts=True))))
-    found_area = dict(zip(*(x.tolist() for x in np.unique(found, return_counts=True))))
-    found_classes = {i: c for i, c in found_classes.items() if i in found_area}
-
-    result: dict[int, np.ndarray] = {}
-
-    def add(category: int, *values: float) -> None:
-        _add(result, {category: np.array(values, dtype=float)})
-
-    matched, matched_found = set(), set()
-    for (i, j), both in shared.items():
-        if i in classes and classes[i] == found_classes.get(j):
-            union = area[i] + found_area[j] - both - shared.get((VOID, j), 0)
-            if both / union > 0.5:  # of no two segments can this be true of the same one
-                add(classes[i], both / union, 1, 0, 0)
-                matched.add(i)
-                matched_found.add(j)
-    for i in classes.keys() - matched:
-        add(classes[i], 0, 0, 0, 1)
-    for j in found_classes.keys() - matched_found:
-        crowd = crowds.get(found_classes[j])
-        ignored = shared.get((VOID, j), 0) + (shared.get((crowd, j), 0) if crowd else 0)
-        if ignored / found_area[j] <= 0.5:
-            add(found_classes[j], 0, 0, 1, 0)
-    return result
-
-
-def panoptic_quality(classes: Iterable[np.ndarray]) -> tuple[float, float, float]:
-    """PQ, SQ and RQ: means over the classes that are there, from 0 to 1; nan without any.
-
-    Args:
-        classes: what :func:`count_segments` counts, summed over all images.
-    """
-    rows = []
-    for iou, both, found, true in classes:
-        half = both + found / 2 + true / 2
-        rows.append((iou / half, iou / both if both else 0.0, both / half))
-    return tuple(np.mean(rows, axis=0).tolist()) if rows else (float("nan"),) * 3
-
-
-def _add(counts: dict[int, np.ndarray], more: Mapping[int, np.ndarray]) -> None:
-    for category, values in more.items():
-        counts[category] = counts.get(category, 0) + values

@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 import torch
 from detbackbones.data import PanopticEvaluator
-from detbackbones.data.panoptic import count_segments, panoptic_quality
 from detectron2.data import MetadataCatalog
 from PIL import Image
 
-
-def infos(**classes):
-    """A segment for each number after the letter s."""
-    return [{"id": int(key[1:]), "category_id": value} for key, value in classes.items()]
+THINGS, STUFF = {17: 0, 18: 1}, {119: 3}
+CONTIGUOUS = {
+    **{k: (True, v) for k, v in THINGS.items()},
+    **{k: (False, v) for k, v in STUFF.items()},
+}
 
 
 def row(*parts):
@@ -22,46 +22,79 @@ def row(*parts):
     return np.array([[i for i, count in parts for _ in range(count)]])
 
 
-def test_a_perfect_map():
+def colours(ids):
+    return Image.fromarray(np.stack([ids % 256, ids // 256 % 256, ids // 256**2], 2).astype("u1"))
+
+
+def register(folder, annotations):
+    (folder / "p.json").write_text(json.dumps({"annotations": annotations}))
+    MetadataCatalog.get("panoptic_example").set(
+        panoptic_json=str(folder / "p.json"),
+        panoptic_root=str(folder),
+        thing_dataset_id_to_contiguous_id=THINGS,
+        stuff_dataset_id_to_contiguous_id=STUFF,
+    )
+
+
+@pytest.fixture
+def quality(tmp_path):
+    """What the evaluator says of one image: maps, and the class of each number in them."""
+
+    def evaluate(truth, classes, found, found_classes, crowd=()):
+        colours(truth).save(tmp_path / "a.png")
+        segments = [
+            {"id": i, "category_id": c, "iscrowd": int(i in crowd)} for i, c in classes.items()
+        ]
+        register(tmp_path, [{"image_id": 5, "file_name": "a.png", "segments_info": segments}])
+        evaluator = PanopticEvaluator("panoptic_example")
+        evaluator.reset()
+        infos = [
+            {"id": i, "isthing": CONTIGUOUS[c][0], "category_id": CONTIGUOUS[c][1]}
+            for i, c in found_classes.items()
+        ]
+        evaluator.process([{"image_id": 5}], [{"panoptic_seg": (torch.tensor(found), infos)}])
+        return {k: v / 100 for k, v in evaluator.evaluate()["panoptic_seg"].items()}
+
+    yield evaluate
+    MetadataCatalog.remove("panoptic_example")
+
+
+def test_a_perfect_map(quality):
     truth = row((1, 4), (2, 6))
-    counts = count_segments(truth, infos(s1=7, s2=8), truth, infos(s1=7, s2=8))
-    assert panoptic_quality(counts.values()) == (1, 1, 1)
+    metrics = quality(truth, {1: 17, 2: 18}, truth, {1: 17, 2: 18})
+    assert metrics["PQ"] == metrics["SQ"] == metrics["RQ"] == metrics["PQ_th"] == 1
+    assert np.isnan(metrics["PQ_st"])
 
 
-def test_one_is_found_one_is_missed_one_is_not_there():
+def test_one_is_found_one_is_missed_one_is_not_there(quality):
     """IoU 6 / 10 of the first; PQ = 0.6 / (1 + 1/2 + 1/2)."""
     truth = row((1, 8), (2, 4), (9, 8))
     found = row((1, 6), (3, 2), (4, 4), (1, 2), (9, 6))
-    counts = count_segments(truth, infos(s1=7, s2=7, s9=8), found, infos(s1=7, s3=8, s4=8, s9=8))
-    assert counts[7].tolist() == pytest.approx([0.6, 1, 0, 1])
-    assert counts[8].tolist() == pytest.approx([0.75, 1, 2, 0])
-    pq, sq, rq = panoptic_quality([counts[7]])
-    assert (pq, sq, rq) == pytest.approx((0.6 / 1.5, 0.6, 1 / 1.5))
-    pq, sq, rq = panoptic_quality([counts[7], counts[8]])
-    assert pq == pytest.approx((0.6 / 1.5 + 0.75 / 2) / 2)
-    assert rq == pytest.approx((1 / 1.5 + 1 / 2) / 2) and sq == pytest.approx((0.6 + 0.75) / 2)
+    metrics = quality(truth, {1: 17, 2: 17, 9: 119}, found, {1: 17, 3: 119, 4: 119, 9: 119})
+    assert metrics["PQ_th"] == pytest.approx(0.6 / 1.5)
+    assert (metrics["SQ_th"], metrics["RQ_th"]) == pytest.approx((0.6, 1 / 1.5))
+    assert metrics["PQ_st"] == pytest.approx(0.75 / 2)
+    assert metrics["PQ"] == pytest.approx((0.6 / 1.5 + 0.75 / 2) / 2)
 
 
-def test_the_same_place_of_another_class_is_not_found():
+def test_the_same_place_of_another_class_is_not_found(quality):
     truth = row((1, 10))
-    counts = count_segments(truth, infos(s1=7), truth, infos(s1=8))
-    assert counts[7].tolist() == [0, 0, 0, 1] and counts[8].tolist() == [0, 0, 1, 0]
-    assert panoptic_quality(counts.values()) == (0, 0, 0)
-    assert np.isnan(panoptic_quality([])).all()
+    metrics = quality(truth, {1: 17}, truth, {1: 119})
+    assert metrics["PQ_th"] == metrics["PQ_st"] == metrics["PQ"] == 0
 
 
-def test_what_is_void_or_crowd_counts_neither_way():
+def test_what_is_void_or_crowd_counts_neither_way(quality):
     """The union is without void; a segment mostly in void, or in a crowd of its class, is no FP."""
     truth = row((1, 4), (0, 8), (5, 8))
-    crowd = [*infos(s1=7), {"id": 5, "category_id": 7, "iscrowd": 1}]
     found = row((1, 6), (2, 6), (3, 5), (4, 3))
-    counts = count_segments(truth, crowd, found, infos(s1=7, s2=7, s3=7, s4=8))
-    assert counts[7].tolist() == [1, 1, 0, 0]  # the first's IoU is 4 / (6 + 4 - 4 - 2)
-    assert counts[8].tolist() == [0, 0, 1, 0]  # in a crowd of another class
+    metrics = quality(truth, {1: 17, 5: 17}, found, {1: 17, 2: 17, 3: 17, 4: 119}, crowd=[5])
+    assert metrics["PQ_th"] == 1  # the IoU of the first is 4 / (6 + 4 - 4 - 2)
+    assert metrics["PQ_st"] == 0  # in a crowd of another class
 
 
 def brute_force(truth, classes, found, found_classes):
-    result = {}
+    """PQ, the mean over the classes that are there."""
+    result = []
     for category in {*classes.values(), *found_classes.values()}:
         own = [i for i, c in classes.items() if c == category]
         theirs = [j for j, c in found_classes.items() if c == category and (found == j).any()]
@@ -70,37 +103,31 @@ def brute_force(truth, classes, found, found_classes):
             union = ((truth == i) | (found == j)) & ~((truth == 0) & (found == j))
             iou = ((truth == i) & (found == j)).sum() / union.sum()
             if iou > 0.5:
-                ious.append((iou, i, j))
+                ious.append((iou, j))
         wrong = [
             j
             for j in theirs
-            if j not in [x[2] for x in ious]
+            if j not in [x[1] for x in ious]
             and ((truth == 0) & (found == j)).sum() <= (found == j).sum() / 2
         ]
         missed = len(own) - len(ious)
-        result[category] = [sum(x[0] for x in ious), len(ious), len(wrong), missed]
-    return {c: v for c, v in result.items() if any(v)}
+        if ious or wrong or missed:
+            result.append(sum(x[0] for x in ious) / (len(ious) + len(wrong) / 2 + missed / 2))
+    return np.mean(result)
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_it_is_what_its_definition_says(seed):
+def test_it_is_what_its_definition_says(quality, seed):
     """On blocks of random numbers, the prediction a shifted truth."""
     random = np.random.default_rng(seed)
     truth = np.kron(random.integers(0, 7, (5, 6)), np.ones((8, 8), dtype=int))
     found = np.roll(truth, (1, 2), (0, 1))
     found[random.random(found.shape) < 0.1] = 3
-    classes = {i: int(random.integers(10, 13)) for i in range(1, 7) if (truth == i).any()}
-    found_classes = {**{i: c for i, c in classes.items() if i != 2}, 2: 12}
-    counts = count_segments(
-        truth,
-        [{"id": i, "category_id": c} for i, c in classes.items()],
-        found,
-        [{"id": i, "category_id": c} for i, c in found_classes.items()],
-    )
+    there = [i for i in range(1, 7) if (truth == i).any()]
+    classes = dict(zip(there, random.choice([17, 18, 119], len(there)).tolist()))
+    found_classes = {**classes, 2: 119, 3: 17}
     expected = brute_force(truth, classes, found, found_classes)
-    assert counts.keys() == expected.keys()
-    for category, values in counts.items():
-        assert values.tolist() == pytest.approx(expected[category])
+    assert quality(truth, classes, found, found_classes)["PQ"] == pytest.approx(expected)
 
 
 @pytest.fixture
@@ -108,18 +135,10 @@ def dataset(tmp_path):
     """Two images: a thing of number 300 in stuff of number 70000."""
     ids = np.full((4, 6), 70_000)
     ids[1:3, 1:3] = 300
-    colours = np.stack([ids % 256, ids // 256 % 256, ids // 256**2], 2).astype(np.uint8)
-    Image.fromarray(colours).save(tmp_path / "a.png")
+    colours(ids).save(tmp_path / "a.png")
     segments = [{"id": 300, "category_id": 18}, {"id": 70_000, "category_id": 119}]
     annotation = {"file_name": "a.png", "segments_info": segments}
-    annotations = [{"image_id": i, **annotation} for i in (5, 6)]
-    (tmp_path / "p.json").write_text(json.dumps({"annotations": annotations}))
-    MetadataCatalog.get("panoptic_example").set(
-        panoptic_json=str(tmp_path / "p.json"),
-        panoptic_root=str(tmp_path),
-        thing_dataset_id_to_contiguous_id={17: 0, 18: 1},
-        stuff_dataset_id_to_contiguous_id={119: 3},
-    )
+    register(tmp_path, [{"image_id": i, **annotation} for i in (5, 6)])
     yield "panoptic_example"
     MetadataCatalog.remove("panoptic_example")
 
@@ -145,11 +164,12 @@ def test_the_evaluator(dataset, tmp_path):
         PanopticEvaluator(dataset)
 
 
-def evaluate_an_image(rank, dataset, folder):
+def evaluate_an_image(rank, annotations, folder):
     """Each process finds one thing, the second where none is, and the first stuff besides."""
+    register(folder, annotations)
     file = (folder / "rendezvous").as_uri()
     torch.distributed.init_process_group("gloo", file, rank=rank, world_size=2)
-    evaluator = PanopticEvaluator(dataset)
+    evaluator = PanopticEvaluator("panoptic_example")
     evaluator.reset()
     outputs = [(FOUND, SEGMENTS), (FOUND.roll(3, 1), SEGMENTS[:1])]
     evaluator.process([{"image_id": 5 + rank}], [{"panoptic_seg": outputs[rank]}])
@@ -158,14 +178,8 @@ def evaluate_an_image(rank, dataset, folder):
 
 
 def test_what_several_processes_count_is_added(dataset, tmp_path):
-    context = torch.multiprocessing.get_context("fork")  # which keeps the metadata
-    arguments = [(rank, dataset, tmp_path) for rank in range(2)]
-    processes = [context.Process(target=evaluate_an_image, args=args) for args in arguments]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(60)
-    assert [process.exitcode for process in processes] == [0, 0]
+    annotations = json.loads((tmp_path / "p.json").read_text())["annotations"]
+    torch.multiprocessing.spawn(evaluate_an_image, (annotations, tmp_path), nprocs=2)
     assert json.loads((tmp_path / "1.json").read_text()) is None
     metrics = json.loads((tmp_path / "0.json").read_text())["panoptic_seg"]
     assert metrics["PQ_th"] == pytest.approx(100 * (4 / 6) / (1 + 1 / 2 + 1 / 2))
