@@ -4,18 +4,24 @@ import json
 import logging
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
+from importlib.metadata import version as version_of
 from pathlib import Path
+from typing import Any
 
 from detectron2.data.datasets import load_coco_json
 
 from ..messages import few, nearest, one_of
-from .coco_file import CocoFile, clip, read_coco, refuse
+from .coco_file import CocoFile, clip, paused_collector, read_coco, refuse
 from .files import existing
+from .memory import recall, remember
 from .registry import class_names, dataset_name, is_registered, register
 
 logger = logging.getLogger(__name__)
+
+LARGE = 10e6  # bytes of a file of which it is remembered that it was right
+MEMORY = "annotations"
 
 
 def register_coco(
@@ -32,6 +38,7 @@ def register_coco(
     that stick out of their image are clipped to it when the dataset is loaded. What is merely odd
     (annotations of id 0 or without ``area`` or ``iscrowd``, classes numbered otherwise than in
     training) is mended in a copy of the file, which lasts as long as the process, with a warning.
+    That a file of more than 10 MB is right as it is, is remembered for the next process.
 
     Args:
         json_file: path of the annotations, in COCO's format for instances.
@@ -63,8 +70,45 @@ def register_coco(
     if is_registered(name, version):
         return name
 
+    large = stat.st_size > LARGE
+    key, state = (
+        json.dumps([str(json_path), *version[2:]]),
+        [*version[:2], version_of("detbackbones")],
+    )
+    checked = recall(MEMORY).get(key, {}) if large else {}
+    if checked.get("state") != state:
+        checked = {
+            "state": state,
+            **_check(json_path, image_path, mask_format, chosen, wanted, name),
+        }
+        if large and checked["file"] == str(json_path):  # a mended copy goes with the process
+            remember(MEMORY, {**recall(MEMORY), key: checked})
+    if checked["odd"]:
+        logger.warning("'%s': %s", json_path, "; ".join(checked["odd"]))
+    register(
+        name,
+        version,
+        lambda: _load_coco(Path(checked["file"]), image_path, name),
+        json_file=checked["file"],
+        image_root=str(image_path),
+        evaluator_type="coco",
+        thing_classes=checked["names"],
+        thing_dataset_id_to_contiguous_id={k: i for i, k in enumerate(checked["ids"])},
+    )
+    return name
+
+
+def _check(
+    json_path: Path,
+    image_path: Path,
+    mask_format: str | None,
+    chosen: Sequence[str] | None,
+    wanted: Sequence[str] | None,
+    name: str,
+) -> dict[str, Any]:
+    """Check a file; gives the one to take, the names and ids of its classes, and what is odd."""
     coco = read_coco(json_path, mask_format)
-    _check_files(coco, image_path)
+    _check_files({i: m["file_name"] for i, m in coco.images.items()}, image_path, coco.path)
     if chosen:
         _choose_classes(coco, chosen)
     names = list(wanted or chosen or [coco.categories[i]["name"] for i in sorted(coco.categories)])
@@ -73,36 +117,22 @@ def register_coco(
     coco.number_classes(names)
     if not coco.annotations:
         raise ValueError(f"'{json_path}': annotations must have one of the classes {names}")
-    clean = _clean_file(coco, name) if coco.mended else json_path
+    file = _clean_file(coco, name) if coco.mended else json_path
     odd = [*coco.mended]
     if coco.num_clipped:
         odd.append(f"{coco.num_clipped} boxes stick out of their images: clipped")
     if coco.num_flat:
         odd.append(f"{coco.num_flat} boxes have no width or height: they are not learned")
-    if odd:
-        logger.warning("'%s': %s", json_path, "; ".join(odd))
-    ids = sorted(coco.categories)
-    register(
-        name,
-        version,
-        lambda: _load_coco(clean, image_path, name),
-        json_file=str(clean),
-        image_root=str(image_path),
-        evaluator_type="coco",
-        thing_classes=names,
-        thing_dataset_id_to_contiguous_id={k: i for i, k in enumerate(ids)},
-    )
-    return name
+    return {"file": str(file), "names": names, "ids": sorted(coco.categories), "odd": odd}
 
 
-def _check_files(coco: CocoFile, image_root: Path) -> None:
-    """Refuse a dataset of which images are missing."""
-    missing = [i for i, m in coco.images.items() if not os.path.isfile(image_root / m["file_name"])]
+def _check_files(names: Mapping[Any, str], image_root: Path, json_path: Path) -> None:
+    """Refuse a dataset of which images are missing; ``names`` are their files by the ids."""
+    missing = [key for key, name in names.items() if not os.path.isfile(image_root / name)]
     if missing:
         raise FileNotFoundError(
-            f"'{coco.path}': image {missing[0]}: "
-            f"file_name={coco.images[missing[0]]['file_name']!r} must be in "
-            f"image_root='{image_root}' ({len(missing)} of {len(coco.images)} are missing)"
+            f"'{json_path}': image {missing[0]}: file_name={names[missing[0]]!r} must be in "
+            f"image_root='{image_root}' ({len(missing)} of {len(names)} are missing)"
         )
 
 
@@ -143,7 +173,9 @@ def _clean_file(coco: CocoFile, name: str) -> Path:
 
 def _load_coco(json_file: Path, image_root: Path, name: str) -> list[dict]:
     """detectron2's dataset dicts, with the boxes clipped to their images."""
-    dicts = load_coco_json(str(json_file), str(image_root), name)
+    with paused_collector():
+        dicts = load_coco_json(str(json_file), str(image_root), name)
+    _check_files({d["image_id"]: d["file_name"] for d in dicts}, image_root, json_file)
     for image in dicts:
         for annotation in image["annotations"]:
             annotation["bbox"] = clip(annotation["bbox"], image["width"], image["height"])

@@ -1,16 +1,15 @@
 """Reading every image of a dataset once, before the training, to find those that are wrong."""
 
-import json
 import logging
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 from tqdm import tqdm
 
 from ..messages import first_line
 from .mapper import DATA_ERRORS, CheckedDatasetMapper
+from .memory import recall, remember
 
 logger = logging.getLogger(__name__)
 
@@ -33,12 +32,7 @@ def verify_images(dataset: Sequence[dict], mapper: CheckedDatasetMapper) -> None
             "dataset.verify=True needs the mapper CheckedDatasetMapper, and the config has a "
             f"{type(mapper).__name__}"
         )
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-    memory = cache / "detbackbones" / "verified.json"
-    try:
-        known = json.loads(memory.read_text())
-    except (OSError, ValueError):
-        known = {}
+    known = recall("verified")
     states = {record["file_name"]: _state(record, mapper) for record in dataset}
     todo = [r for r in dataset if known.get(r["file_name"]) != states[r["file_name"]]]
 
@@ -55,10 +49,7 @@ def verify_images(dataset: Sequence[dict], mapper: CheckedDatasetMapper) -> None
     wrong = [text for text in faults if text]
     known |= {r["file_name"]: states[r["file_name"]] for r, text in zip(todo, faults) if not text}
     if todo:
-        memory.parent.mkdir(parents=True, exist_ok=True)
-        own = memory.with_suffix(f".{os.getpid()}")  # other runs may verify too
-        own.write_text(json.dumps(known))
-        own.replace(memory)
+        remember("verified", known)
     for text in wrong:
         logger.error(text)
     if wrong:

@@ -68,6 +68,41 @@ def test_coco_is_registered_once_with_its_metadata(folder):
     assert register_coco(json_file, str(folder / "others")) == name
 
 
+def test_a_large_file_is_checked_once(folder, monkeypatch, caplog):
+    """Another process takes what the first has found, until the file changes."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+    monkeypatch.setattr("detbackbones.data.coco.LARGE", 0)
+    data, images = coco(), str(folder / "images")
+    data["annotations"][0]["bbox"] = [35, 2, 10, 5]
+    json_file = write(folder, data)
+
+    def dicts():
+        monkeypatch.setattr("detbackbones.data.registry._versions", {})
+        caplog.clear()
+        name = register_coco(json_file, images)
+        return DatasetCatalog.get(name), caplog.text, MetadataCatalog.get(name).as_dict()
+
+    first = dicts()
+    assert "1 boxes stick out of their images: clipped" in first[1]
+    monkeypatch.setattr("detbackbones.data.coco.read_coco", None)  # cannot be called
+    assert dicts() == first
+    (folder / "images" / "2.png").rename(folder / "2.png")
+    with pytest.raises(FileNotFoundError, match="image 2: file_name=.*2.png' must be in"):
+        dicts()
+    write(folder, {**data, "images": []})
+    with pytest.raises(TypeError):
+        dicts()
+
+
+def test_what_was_mended_is_mended_again(folder, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+    monkeypatch.setattr("detbackbones.data.coco.LARGE", 0)
+    data = coco()
+    del data["annotations"][0]["iscrowd"]
+    register_coco(write(folder, data), str(folder / "images"))
+    assert not (folder / "cache").exists()
+
+
 def test_coco_name_depends_on_both_paths(folder):
     json_file = write(folder, coco())
     os.makedirs(folder / "b")
