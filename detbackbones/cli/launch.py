@@ -141,12 +141,19 @@ def _join(gpu: bool, local: int, processes: int) -> None:
         torch.cuda.set_device(local)
 
 
+def _cores() -> int:
+    """Those that this process may use."""
+    if hasattr(os, "sched_getaffinity"):  # not on macOS
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def _share_cores(
     work: Callable[..., None], command: str, cfg: DictConfig, arguments: dict[str, Any]
 ) -> None:
     """Do the work with a fair part of the machine's cores, and leave the group of processes."""
     if cfg.train.device == "cpu" and comm.get_world_size() > 1:
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // comm.get_local_size()))
+        torch.set_num_threads(max(1, _cores() // comm.get_local_size()))
     work(command, cfg, **arguments)
     comm.synchronize()  # gloo aborts a process that ends while others are at work
     torch.distributed.destroy_process_group()

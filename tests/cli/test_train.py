@@ -5,10 +5,12 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import timm
@@ -221,6 +223,73 @@ def test_two_processes_train_like_one(tiny, run_train_net, tmp_path, launcher, a
     assert metrics(two)["sem_seg/mIoU"] == pytest.approx(metrics(one)["sem_seg/mIoU"], abs=0.5)
     assert "iter 4/4" in (two / "log.txt").read_text()
     assert (two / "log.txt.rank1").exists()
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def one_core():
+    """All processes compute with one thread, however many there are on a machine."""
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+
+
+@pytest.fixture(scope="module")
+def of_two_processes(tiny, tmp_path_factory):
+    """A run of two processes on one machine."""
+    folder = tmp_path_factory.mktemp("whole")
+    arguments = [*words(tiny, folder, "faster_rcnn", *MACHINES), "--num-processes", 2]
+    assert start(arguments, preexec_fn=one_core).wait(timeout=600) == 0
+    return folder
+
+
+MACHINES = ("train.max_iter=8", "train.model_ema.enabled=True")
+
+
+@pytest.mark.slow
+def test_two_machines_train_like_one(tiny, tmp_path, of_two_processes):
+    url = f"tcp://127.0.0.1:{free_port()}"
+    machines = [
+        start(
+            [
+                *words(tiny, tmp_path, "faster_rcnn", *MACHINES),
+                *["--num-processes", 1, "--num-machines", 2, "--machine-rank", rank],
+                *["--dist-url", url],
+            ],
+            preexec_fn=one_core,
+        )
+        for rank in (1, 0)
+    ]
+    assert [machine.wait(timeout=600) for machine in machines] == [0, 0]
+    assert same(tmp_path / "model_final.pth", of_two_processes / "model_final.pth")
+
+
+@pytest.mark.slow
+def test_a_machine_that_fails_is_restarted(tiny, tmp_path, of_two_processes):
+    """torchrun on two machines: one's process is killed, both start again and go on."""
+    rendezvous = ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{free_port()}"]
+    launcher = ["-m", "torch.distributed.run", "--nnodes", 2, "--nproc-per-node", 1]
+    launcher += [*rendezvous, "--rdzv-id", "test", "--local-addr", "127.0.0.1"]
+    launcher += ["--max-restarts", 2]
+    arguments = [*words(tiny, tmp_path, "faster_rcnn", *MACHINES), "--resume"]
+    machines = [
+        start(arguments, map(str, launcher), preexec_fn=one_core, stderr=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    while not (tmp_path / "last_checkpoint").exists() and machines[0].poll() is None:
+        time.sleep(0.01)
+    children = Path(f"/proc/{machines[1].pid}/task/{machines[1].pid}/children").read_text().split()
+    os.kill(int(children[0]), signal.SIGKILL)
+    assert [machine.wait(timeout=600) for machine in machines] == [0, 0], machines[0].stderr.read()
+    starts = re.findall("Starting training from iteration ([0-9]+)", log_of(tmp_path))
+    assert len(starts) >= 2 and int(starts[-1]) > 0
+    assert same(tmp_path / "model_final.pth", of_two_processes / "model_final.pth")
+
+
+def log_of(folder):
+    return "".join(file.read_text() for file in folder.glob("log.txt*"))
 
 
 @pytest.mark.slow
