@@ -10,6 +10,7 @@ train.update(
     clip_grad=dict(enabled=False, params=dict(max_norm=1.0, norm_type=2.0)),
     accumulation_steps=1,  # parts that a batch goes through the model in, to need less memory
     model_ema=dict(enabled=False, decay=0.9998),  # what is evaluated: an average of the weights
+    fsdp=False,  # divide weights, gradients and moments among the processes, to need less memory
     best_metric=None,  # of model_best.pth, such as "bbox/AP50"; by default the evaluator's first
     patience=None,  # evaluations without a better one, after which the training ends
     trackers=[],  # "wandb", "mlflow"

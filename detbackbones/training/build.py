@@ -14,6 +14,7 @@ from ..data.evaluator import CocoEvaluator
 from ..messages import first_line, one_of
 from .agreement import check_channels, check_classes, check_fit, check_pixels
 from .checkpoint import Checkpointer, last_whole, load_init_checkpoint
+from .sharding import shard
 from .trainer import Trainer, seed_step
 
 logger = logging.getLogger(__name__)
@@ -36,12 +37,20 @@ def build_trainer(cfg: DictConfig, *, loads_all: bool) -> Trainer:
         one_of("train.best_metric", settings.best_metric, evaluator.metric_names())
     check_classes(cfg)
     model = build_model(cfg, loads_all=loads_all)
+    whole_model = None
+    if settings.fsdp:
+        if world_size == 1:
+            raise ValueError("train.fsdp=True must be False for a single process")
+        whole_model = copy.deepcopy(model)
+        shard(model, settings.device)
     optimizer_cfg = copy.deepcopy(cfg.optimizer)
     optimizer_cfg.params.model = model
     optimizer = instantiate(optimizer_cfg)
-    device_ids = [comm.get_local_rank()] if settings.device == "cuda" else None
+    if not settings.fsdp:
+        device_ids = [comm.get_local_rank()] if settings.device == "cuda" else None
+        model = create_ddp_model(model, device_ids=device_ids, **settings.ddp)
     return Trainer(
-        create_ddp_model(model, device_ids=device_ids, **settings.ddp),
+        model,
         loader,
         optimizer,
         device=settings.device,
@@ -51,6 +60,7 @@ def build_trainer(cfg: DictConfig, *, loads_all: bool) -> Trainer:
         clip_grad=dict(settings.clip_grad.params) if settings.clip_grad.enabled else None,
         accumulation_steps=steps,
         ema_decay=settings.model_ema.decay if settings.model_ema.enabled else None,
+        copy=whole_model,
     )
 
 

@@ -27,6 +27,7 @@ from ..weights import (
     write_checkpoint,
 )
 from .agreement import refuse_missing
+from .sharding import is_sharded, whole
 
 logger = logging.getLogger(__name__)
 
@@ -188,11 +189,15 @@ class Checkpointer(DetectionCheckpointer):
             name: of the checkpoint.
             kwargs: what else to keep in it, such as the iteration.
         """
-        if not self.save_dir or not self.save_to_disk:
+        saves = self.save_dir and self.save_to_disk
+        if not saves and not is_sharded(self.model):
             return
         data = {"model": self.model.state_dict(), **kwargs}
         for key, obj in self.checkpointables.items():
             data[key] = obj.state_dict()
+        data = whole(data)  # of what is divided, every process has a part
+        if not saves:
+            return
         file = os.path.join(self.save_dir, f"{name}.pth")
         try:
             write_checkpoint(data, file)

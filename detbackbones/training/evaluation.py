@@ -71,6 +71,7 @@ def metric_tables(results: Results) -> list[str]:
     for task, metrics in without_nan(results).items():
         if not isinstance(metrics, dict):  # an evaluator may give single numbers
             metrics = {task: metrics}
+        metrics = {k.replace("B-Iou", "BoundaryIoU"): value for k, value in metrics.items()}
         whole = {name: value for name, value in metrics.items() if "-" not in name}
         tables.append(_table([[task, *whole.values()]], ["", *whole]))
         classes: dict[str, dict[str, float | None]] = {}

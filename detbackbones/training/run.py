@@ -141,6 +141,10 @@ def check_config(
         raise ValueError(
             f"train.patience={settings.patience} must be null where train.eval_period is 0"
         )
+    if settings.fsdp and settings.model_ema.enabled:
+        raise ValueError("train.fsdp=True must stand without train.model_ema")
+    if settings.fsdp and settings.amp.enabled and settings.amp.dtype == "float16":
+        raise ValueError("train.amp.dtype='float16' must be bfloat16 with train.fsdp")
     if settings.device == "auto":
         settings.device = "cuda" if gpu else "cpu"
     return cfg
@@ -212,7 +216,7 @@ def fit(run: Run) -> Results:
     results: Results = {}
     evaluator = None
     interrupt = InterruptHook(run.checkpointer.save)
-    keep = settings.checkpointer.max_to_keep
+    keep = settings.checkpointer.max_to_keep if main else None
     saving = hooks.PeriodicCheckpointer(
         run.checkpointer, settings.checkpointer.period, max_to_keep=keep
     )
@@ -224,7 +228,10 @@ def fit(run: Run) -> Results:
 
     def evaluation() -> Results:
         nonlocal evaluator
-        found, evaluator = evaluate_model(cfg, run.evaluated, interrupt.check)
+        trainer.gather()
+        # a checkpoint of what is divided needs all processes, and they are not at the same image
+        check = None if settings.fsdp else interrupt.check
+        found, evaluator = evaluate_model(cfg, run.evaluated, check)
         results.update(found)
         run.best.update(results, min(get_event_storage().iter, settings.max_iter - 1))
         return results
@@ -239,7 +246,7 @@ def fit(run: Run) -> Results:
     evaluating = EvaluationHook(
         settings.eval_period, evaluation, before=file.write if main else None, missed=missed
     )
-    saving = [saving] if main else []
+    saving = [saving] if main or settings.fsdp else []
     trainer.register_hooks([*timing, *saving, evaluating, *writing, run.best, interrupt])
     parameters = list(run.model.parameters())
     logger.info(
@@ -261,6 +268,7 @@ def fit(run: Run) -> Results:
         trainer.iter = end.iteration
         run.checkpointer.save("model_final", iteration=end.iteration)
         if end.iteration < run.start_iter and not missed:  # what is continued had ended
+            trainer.gather()
             found, evaluator = evaluate_model(cfg, run.evaluated)
             results.update(found)
     if main:

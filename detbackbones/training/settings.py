@@ -117,6 +117,7 @@ SETTINGS: Mapping[str, Rule] = {
     ),
     "train.checkpointer.period": whole(1),
     "train.checkpointer.max_to_keep": or_null(whole(1)),
+    "train.fsdp": SWITCH,
     "train.ddp.broadcast_buffers": SWITCH,
     "train.ddp.find_unused_parameters": SWITCH,
     "train.ddp.fp16_compression": SWITCH,

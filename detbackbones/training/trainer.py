@@ -16,6 +16,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..messages import first_line, one_of
+from .sharding import divided_moments, is_sharded, whole
 
 AMP_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -46,6 +47,7 @@ class Trainer(SimpleTrainer):
 
     Attributes:
         average: the moving average of the weights, or None.
+        copy: of a divided model, a whole one that is evaluated, or None.
     """
 
     def __init__(
@@ -61,6 +63,7 @@ class Trainer(SimpleTrainer):
         clip_grad: dict[str, float] | None = None,
         accumulation_steps: int = 1,
         ema_decay: float | None = None,
+        copy: nn.Module | None = None,
     ):
         """
         Args:
@@ -79,6 +82,7 @@ class Trainer(SimpleTrainer):
             ema_decay: of timm's ``ModelEmaV3``, which averages the weights; at iteration n it is
                 at most 1 - n^(-2/3), or else the first weights would stay in the average for long.
                 None keeps no average.
+            copy: of a model that is divided among processes, a whole one for evaluating it.
 
         Raises:
             ValueError: for another ``amp_dtype``.
@@ -92,6 +96,7 @@ class Trainer(SimpleTrainer):
         self.scaler = torch.amp.GradScaler(device, enabled=amp_dtype == "float16")
         self.clip_grad = clip_grad
         self.accumulation_steps = accumulation_steps
+        self.copy = copy
         self.average = None
         if ema_decay is not None:
             self.average = ModelEmaV3(self.bare_model, ema_decay, use_warmup=True)
@@ -103,8 +108,15 @@ class Trainer(SimpleTrainer):
 
     @property
     def evaluated_model(self) -> nn.Module:
-        """The model that is evaluated: the average, where there is one."""
+        """The model that is evaluated: the average or the copy, where there is one."""
+        if self.copy is not None:
+            return self.copy
         return self.bare_model if self.average is None else self.average.module
+
+    def gather(self) -> None:
+        """Give the copy of a divided model its weights; all processes must call it together."""
+        if self.copy is not None:
+            self.copy.load_state_dict(whole(self.model.state_dict()))
 
     def before_train(self) -> None:
         """Let the data start where training does."""
@@ -172,6 +184,8 @@ class Trainer(SimpleTrainer):
 
     def _synchronizing(self, last: bool) -> contextlib.AbstractContextManager:
         """Processes share the gradients of the last part of a batch alone, and so of all."""
+        if is_sharded(self.model):
+            self.model.set_requires_gradient_sync(last)
         if last or not isinstance(self.model, DistributedDataParallel):
             return contextlib.nullcontext()
         return self.model.no_sync()
@@ -221,7 +235,8 @@ class Trainer(SimpleTrainer):
             )
         if self.average is not None:
             self.average.module.load_state_dict(state_dict["ema"])
-        super().load_state_dict(state_dict)
+        moments = divided_moments(self.optimizer, state_dict["optimizer"])
+        super().load_state_dict({**state_dict, "optimizer": moments})
         if state_dict["scaler"]:  # empty where the interrupted run needed none
             self.scaler.load_state_dict(state_dict["scaler"])
         for name, module in self._dense_detectors():

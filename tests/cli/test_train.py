@@ -288,6 +288,52 @@ def test_a_machine_that_fails_is_restarted(tiny, tmp_path, of_two_processes):
     assert same(tmp_path / "model_final.pth", of_two_processes / "model_final.pth")
 
 
+def losses(folder):
+    rows = map(json.loads, (folder / "metrics.json").read_text().splitlines())
+    return [row["total_loss"] for row in rows if "total_loss" in row]
+
+
+@pytest.mark.slow
+def test_a_divided_model_trains_like_a_whole_one(tiny, tmp_path):
+    """FSDP and DDP have the same losses, and each continues the checkpoints of the other."""
+    case = ["dataset.train_sizes=[64]", "train.max_iter=6", "train.checkpointer.period=3"]
+    case += ["train.clip_grad.enabled=True", "train.accumulation_steps=2"]
+    case += ["dataloader.train.total_batch_size=4", "--num-processes", 2]
+    folders = {fsdp: tmp_path / str(fsdp) for fsdp in (False, True)}
+    for fsdp, folder in folders.items():
+        arguments = [*words(tiny, folder, "semantic_fpn"), *case, f"train.fsdp={fsdp}"]
+        assert start(arguments).wait(timeout=600) == 0
+    ddp, fsdp = folders.values()
+    assert losses(fsdp) == pytest.approx(losses(ddp), rel=1e-5)
+    assert metrics(fsdp)["sem_seg/mIoU"] == pytest.approx(metrics(ddp)["sem_seg/mIoU"], abs=0.1)
+    assert distance(ddp / "model_final.pth", fsdp / "model_final.pth") < 5e-5
+    assert distance(ddp / "model_final.pth", ddp / "model_0000002.pth") > 5e-4
+    for kind, folder in folders.items():
+        other = tmp_path / f"continued {kind}"
+        other.mkdir()
+        shutil.copy(folder / "model_0000002.pth", other)
+        (other / "last_checkpoint").write_text("model_0000002.pth")
+        arguments = [*words(tiny, other, "semantic_fpn"), *case, f"train.fsdp={not kind}"]
+        assert start([*arguments, "--resume"]).wait(timeout=600) == 0
+        assert distance(other / "model_final.pth", ddp / "model_final.pth") < 5e-5
+
+
+@pytest.mark.parametrize(
+    ("more", "sentence"),
+    [
+        ([], "train.fsdp=True must be False for a single process"),
+        (["train.model_ema.enabled=True"], "train.fsdp=True must stand without train.model_ema"),
+        (
+            ["train.amp.enabled=True", "train.amp.dtype=float16"],
+            "train.amp.dtype='float16' must be bfloat16 with train.fsdp",
+        ),
+    ],
+)
+def test_what_cannot_be_divided(tiny, run_train_net, tmp_path, capsys, more, sentence):
+    assert run_train_net(*words(tiny, tmp_path), "train.fsdp=True", *more) == 2
+    assert sentence in capsys.readouterr().err
+
+
 def log_of(folder):
     return "".join(file.read_text() for file in folder.glob("log.txt*"))
 
