@@ -35,7 +35,7 @@ def run(monkeypatch, capsys):
 
 def settings(**kwargs):
     defaults = {"source": "timm", "size": (64, 64), "norm": "FrozenBN", "freeze_at": 0}
-    switches = ("amp", "compile", "grad_checkpointing", "options_off")
+    switches = ("amp", "compile", "grad_checkpointing", "options_off", "variants")
     return argparse.Namespace(**defaults | dict.fromkeys(switches, False) | kwargs)
 
 
@@ -113,6 +113,17 @@ def test_options_off(run):
     assert "all options off" in out
     ours, peer = cells(out)[:2]
     assert ours[7] == peer[7] != ""  # saves the same
+
+
+def test_variants_are_peers_too(run):
+    _, out, _ = run("--models=test_resnet,test_vit", "--inference", "--variants")
+    labels = [(row[0], row[2]) for row in cells(out)]
+    other = ["fold=False", "channels_last=False", "channels_last=False, fold=False"]
+    for label in other:
+        assert ("test_resnet", label) in labels
+    assert [label for name, label in labels if name == "test_vit"] == [
+        *("detbackbones", "timm", "channels_last=True")
+    ]
 
 
 def test_grad_checkpointing_saves_less(run):

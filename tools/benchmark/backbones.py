@@ -8,7 +8,7 @@ Peers, with the same levels, weights and frozen parameters: for timm its own ext
 (features_only=True) with timm's freeze_batch_norm_2d; for torchvision create_feature_extractor, and
 for ResNets IntermediateLayerGetter, frozen likewise; detectron2's own ResNet, where it has the
 model. Before anything is timed, all must give the same feature maps. With --variants
-the backbone with other values of fold and channels_last is a peer too, on a CPU.
+the backbone with other values of fold and channels_last is a peer too.
 
 A training step is: forward pass, the sum of the means of the levels, backward pass, a step of SGD
 with a tiny learning rate, gradients set to None. An inference step is a forward pass in eval mode

@@ -125,9 +125,9 @@ def torchvision_models(
     return ours, peers
 
 
-def variants_of(backbone: FeatureBackbone) -> list[dict[str, bool]]:
-    """The memory format and the folding that a backbone on a CPU does not choose by itself."""
-    last = backbone._channels_last_on_cpu
+def variants_of(backbone: FeatureBackbone, device: str) -> list[dict[str, bool]]:
+    """The memory format and the folding that a backbone does not choose by itself on a device."""
+    last = device == "cpu" and backbone._channels_last_on_cpu
     formats = [{}, {"channels_last": not last}]
     folds = any(isinstance(module, FoldedConv2d) for module in backbone.modules())
     return [{**f, **fold} for f in formats for fold in ({}, {"fold": False})[: 1 + folds]][1:]
@@ -163,7 +163,7 @@ def contestants(name: str, args: argparse.Namespace, images: torch.Tensor) -> li
         )
 
     if args.variants:
-        for variant in variants_of(ours):
+        for variant in variants_of(ours, images.device.type):
             label = ", ".join(f"{key}={value}" for key, value in variant.items())
             peers[label] = build(name, {**options, **variant})[0]
 

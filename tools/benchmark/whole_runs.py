@@ -302,7 +302,7 @@ def run(command: list[str], threads: int) -> tuple[float, str]:
 
 
 def ours(output: Path) -> dict[str, float]:
-    """What a run here says of itself."""
+    """What a run here says of itself, in whole seconds."""
     lines = [json.loads(line) for line in (output / "metrics.json").read_text().splitlines()]
     log = (output / "log.txt").read_text()
     text = next(x for x in log.splitlines() if "Total training time" in x)
@@ -310,10 +310,8 @@ def ours(output: Path) -> dict[str, float]:
     seconds = sum(int(x) * 60**i for i, x in enumerate(reversed(clock.split(":"))))
     evaluation = on_hooks.split(" on")[0]
     seconds -= sum(int(x) * 60**i for i, x in enumerate(reversed(evaluation.split(":"))))
-    return {
-        "training": seconds,
-        "AP": next(x["bbox/AP"] for x in reversed(lines) if "bbox/AP" in x),
-    }
+    ap = next(line["bbox/AP"] for line in reversed(lines) if "bbox/AP" in line)
+    return {"training": max(seconds, 1), "AP": ap}
 
 
 def main() -> None:
