@@ -28,7 +28,7 @@ def whole_number(parameter: str, value: object) -> None:
     Raises:
         ValueError: with one sentence that names parameter and value.
     """
-    if not isinstance(value, int) or value < 1:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"{parameter}={value!r} must be a whole number from 1")
 
 

@@ -95,6 +95,8 @@ def _is_stage(module: nn.Module) -> bool:
 
 def _is_block(module: nn.Module) -> bool:
     """Whether a module has more in it than, say, a convolution and its norm."""
+    if hasattr(module, "base_layer"):  # a layer with LoRA
+        return False
     return sum(bool(m._parameters or m._buffers) for m in module.modules()) > 2
 
 
@@ -104,6 +106,8 @@ def _is_or_holds_stage(module: nn.Module) -> bool:
 
 def _has_parts(module: nn.Module) -> bool:
     """Whether a module is worth a piece: one with parts, or pooling, which keeps what it takes."""
+    if hasattr(module, "base_layer"):  # a layer with LoRA
+        return False
     return bool([*module.children()]) or isinstance(module, nn.MaxPool2d)
 
 

@@ -7,6 +7,7 @@ what a model without LoRA computes with, and a state dict says all that there is
 
 import re
 from collections.abc import Container, Mapping
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -17,6 +18,18 @@ from ..messages import whole_number
 
 _A, _B = ".lora_A.weight", ".lora_B.weight"
 _INSIDE = re.compile(r"\.(base_layer|lora_[AB]\.default)\.")
+
+
+def check_rank(rank: int) -> None:
+    """Refuse a rank that is none, and a place without peft, before a model is built.
+
+    Raises:
+        ImportError: if peft is not installed.
+        ValueError: if it is no whole number from 1.
+    """
+    whole_number("lora_rank", rank)
+    if find_spec("peft") is None:
+        raise ImportError("lora_rank needs peft: pip install 'detbackbones[lora]'")
 
 
 def add_lora(extractor: nn.Module, rank: int, learning: Container[str]) -> None:
@@ -32,14 +45,10 @@ def add_lora(extractor: nn.Module, rank: int, learning: Container[str]) -> None:
             not run, of which the model takes the weight alone: its update would be passed over.
 
     Raises:
-        ImportError: if peft is not installed.
         ValueError: if no layer can have an update.
     """
-    try:
-        from peft import LoraConfig, inject_adapter_in_model
-    except ImportError as error:
-        raise ImportError("lora_rank needs peft: pip install 'detbackbones[lora]'") from error
-    whole_number("lora_rank", rank)
+    from peft import LoraConfig, inject_adapter_in_model  # a part of the extra [lora]
+
     modules = extractor.named_modules()
     names = [name for name, module in modules if name in learning and _can_have_update(module)]
     if not names:

@@ -17,7 +17,7 @@ from torch import nn
 from ..adapt.fold import fold_norms
 from ..adapt.freeze import freeze, frozen_part
 from ..adapt.grad_checkpointing import Checkpoints
-from ..adapt.lora import add_lora, forget_updates, is_update, merged, own_name
+from ..adapt.lora import add_lora, check_rank, forget_updates, is_update, merged, own_name
 from ..adapt.memory_format import gains_from_channels_last
 from ..adapt.norm import NORMS, convert_norm, is_batch_norm
 from ..adapt.prune import prune
@@ -84,7 +84,8 @@ class FeatureBackbone(Backbone):
             compile: pass the extractor through ``torch.compile``.
             grad_checkpointing: compute maps again in the backward pass instead of keeping them.
             lora_rank: freeze the model, and train updates of this rank of its linear layers and
-                1x1 convolutions, see :func:`detbackbones.adapt.lora.add_lora`; 0 is none.
+                1x1 convolutions, see :func:`detbackbones.adapt.lora.add_lora`; 0 is none. Batch
+                norm is frozen too unless ``norm`` says otherwise.
 
         Raises:
             ValueError: if an argument is out of range, or the model cannot give these levels.
@@ -99,6 +100,8 @@ class FeatureBackbone(Backbone):
             one_of(key, value, (True, False))
         one_of("channels_last", channels_last, (None, True, False))
         one_of("norm", norm, NORMS)
+        if lora_rank:
+            check_rank(lora_rank)
         if compile and grad_checkpointing:
             raise ValueError("compile=True and grad_checkpointing=True cannot be had together")
 
@@ -111,7 +114,7 @@ class FeatureBackbone(Backbone):
         extractor = source.build(levels, fit.options, pretrained)
         source.switch_off_dropout(extractor, part.modules)
         prune(extractor, fit.trace, source.in_channels, fit.sizes)
-        extractor = convert_norm(extractor, norm)
+        extractor = convert_norm(extractor, norm or "FrozenBN" * bool(lora_rank))
         self._eval_modules = freeze(extractor, part, prefix)
         if norm == "FrozenBN":  # what is a batch norm still is of no class that we can replace
             modules = extractor.named_modules()
@@ -312,7 +315,7 @@ class FeatureBackbone(Backbone):
     def __deepcopy__(self, memo: dict) -> "FeatureBackbone":
         new = type(self).__new__(type(self))
         memo[id(self)] = new
-        new.__dict__ = copy.deepcopy(self.__dict__, memo)
+        new.__dict__ = copy.deepcopy(self.__getstate__(), memo)
         return new.train(self.training)  # a copied GraphModule is in training mode
 
     def match_source(

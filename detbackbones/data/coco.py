@@ -70,25 +70,18 @@ def register_coco(
     if is_registered(name, version):
         return name
 
-    large = stat.st_size > LARGE
-    key, state = (
-        json.dumps([str(json_path), *version[2:]]),
-        [*version[:2], version_of("detbackbones")],
-    )
-    checked = recall(MEMORY).get(key, {}) if large else {}
-    if checked.get("state") != state:
-        checked = {
-            "state": state,
-            **_check(json_path, image_path, mask_format, chosen, wanted, name),
-        }
-        if large and checked["file"] == str(json_path):  # a mended copy goes with the process
-            remember(MEMORY, {**recall(MEMORY), key: checked})
+    checked = _recalled(json_path, version) if stat.st_size > LARGE else None
+    recalled = checked is not None
+    if not recalled:
+        checked = _check(json_path, image_path, mask_format, chosen, wanted, name)
+        if stat.st_size > LARGE and checked["file"] == str(json_path):
+            _remember(json_path, version, checked)  # a mended copy goes with the process
     if checked["odd"]:
         logger.warning("'%s': %s", json_path, "; ".join(checked["odd"]))
     register(
         name,
         version,
-        lambda: _load_coco(Path(checked["file"]), image_path, name),
+        lambda: _load_coco(Path(checked["file"]), image_path, name, check_images=recalled),
         json_file=checked["file"],
         image_root=str(image_path),
         evaluator_type="coco",
@@ -96,6 +89,22 @@ def register_coco(
         thing_dataset_id_to_contiguous_id={k: i for i, k in enumerate(checked["ids"])},
     )
     return name
+
+
+def _recalled(json_path: Path, version: tuple) -> dict[str, Any] | None:
+    """What another process has found of a file, if it and this package are the same."""
+    key, state = _key_and_state(json_path, version)
+    known = recall(MEMORY).get(key, {})
+    return known["checked"] if known.get("state") == state else None
+
+
+def _remember(json_path: Path, version: tuple, checked: dict[str, Any]) -> None:
+    key, state = _key_and_state(json_path, version)
+    remember(MEMORY, {**recall(MEMORY), key: {"state": state, "checked": checked}})
+
+
+def _key_and_state(json_path: Path, version: tuple) -> tuple[str, list]:
+    return json.dumps([str(json_path), *version[2:]]), [*version[:2], version_of("detbackbones")]
 
 
 def _check(
@@ -171,11 +180,13 @@ def _clean_file(coco: CocoFile, name: str) -> Path:
     return path
 
 
-def _load_coco(json_file: Path, image_root: Path, name: str) -> list[dict]:
+def _load_coco(json_file: Path, image_root: Path, name: str, *, check_images: bool) -> list[dict]:
     """detectron2's dataset dicts, with the boxes clipped to their images."""
     with paused_collector():
         dicts = load_coco_json(str(json_file), str(image_root), name)
-    _check_files({d["image_id"]: d["file_name"] for d in dicts}, image_root, json_file)
+    if check_images:
+        names = {d["image_id"]: os.path.relpath(d["file_name"], image_root) for d in dicts}
+        _check_files(names, image_root, json_file)
     for image in dicts:
         for annotation in image["annotations"]:
             annotation["bbox"] = clip(annotation["bbox"], image["width"], image["height"])

@@ -86,17 +86,21 @@ class PanopticEvaluator(DatasetEvaluator):
         found = {x["image_id"]: (x, png) for part in comm.gather(self._found) for x, png in part}
         if not comm.is_main_process():
             return None
+        # detectron2 may count things among the stuff as well
+        is_thing = {number: False for number in self._classes[False].values()}
+        is_thing |= {number: True for number in self._classes[True].values()}
         classes = [
             {"id": number, "name": str(number), "isthing": int(thing)}
-            for thing, group in self._classes.items()
-            for number in group.values()
+            for number, thing in is_thing.items()
         ]
+        truth = []
         with TemporaryDirectory() as folder:
-            for number, (entry, png) in enumerate(found.values()):
-                entry["file_name"] = f"{number}.png"
+            for number, (image_id, (entry, png)) in enumerate(found.items()):
+                truth.append({**self._truth[image_id], "image_id": number})  # it may be text
+                entry |= {"image_id": number, "file_name": f"{number}.png"}
                 Path(folder, entry["file_name"]).write_bytes(png)
             evaluation = PanopticEval(
-                {"annotations": [self._truth[i] for i in found], "categories": classes},
+                {"annotations": truth, "categories": classes},
                 {"annotations": [entry for entry, _ in found.values()], "categories": classes},
                 gt_folder=self._root,
                 pred_folder=folder,

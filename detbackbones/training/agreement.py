@@ -158,5 +158,5 @@ def frozen_at_random(cfg: DictConfig) -> str:
         return ""
     return (
         f"the backbone starts from random weights, and {' and '.join(kept)} keep a part of them as "
-        "they are: give it weights, or norm=BN and freeze_at=0"
+        "they are: give it weights, or norm=BN, freeze_at=0 and lora_rank=0"
     )

@@ -23,6 +23,8 @@ logger = logging.getLogger(__name__)
 def build_trainer(cfg: DictConfig, *, loads_all: bool) -> Trainer:
     """The model, its optimizer and its data, as the config says."""
     settings, world_size = cfg.train, comm.get_world_size()
+    if settings.fsdp and world_size == 1:
+        raise ValueError("train.fsdp=True must be False for a single process")
     size, steps = cfg.dataloader.train.total_batch_size, settings.accumulation_steps
     if size % world_size == 0 and size % (steps * world_size):
         raise ValueError(
@@ -36,11 +38,10 @@ def build_trainer(cfg: DictConfig, *, loads_all: bool) -> Trainer:
     if settings.best_metric and isinstance(evaluator, CocoEvaluator):
         one_of("train.best_metric", settings.best_metric, evaluator.metric_names())
     check_classes(cfg)
-    model = build_model(cfg, loads_all=loads_all)
+    # a model that is to be divided goes to the devices part by part
+    model = build_model(cfg, loads_all=loads_all, device="cpu" if settings.fsdp else None)
     whole_model = None
     if settings.fsdp:
-        if world_size == 1:
-            raise ValueError("train.fsdp=True must be False for a single process")
         whole_model = copy.deepcopy(model)
         shard(model, settings.device)
     optimizer_cfg = copy.deepcopy(cfg.optimizer)
@@ -64,12 +65,13 @@ def build_trainer(cfg: DictConfig, *, loads_all: bool) -> Trainer:
     )
 
 
-def build_model(cfg: DictConfig, *, loads_all: bool) -> nn.Module:
+def build_model(cfg: DictConfig, *, loads_all: bool, device: str | None = None) -> nn.Module:
     """The model on its device.
 
     Args:
         cfg: the config.
         loads_all: a checkpoint will give all its weights, so that none are fetched for a backbone.
+        device: that of ``train.device`` by default.
     """
     model_cfg = copy.deepcopy(cfg.model)
     if loads_all and "backbone" in model_cfg:
@@ -85,7 +87,7 @@ def build_model(cfg: DictConfig, *, loads_all: bool) -> nn.Module:
             f"{first_line(error)}"
         ) from error
     check_channels(model, cfg)
-    return model.to(cfg.train.device)
+    return model.to(device or cfg.train.device)
 
 
 def last_checkpoint(folder: str) -> str | None:

@@ -195,7 +195,8 @@ class Checkpointer(DetectionCheckpointer):
         data = {"model": self.model.state_dict(), **kwargs}
         for key, obj in self.checkpointables.items():
             data[key] = obj.state_dict()
-        data = whole(data)  # of what is divided, every process has a part
+        if is_sharded(self.model):
+            data = whole(data)
         if not saves:
             return
         file = os.path.join(self.save_dir, f"{name}.pth")

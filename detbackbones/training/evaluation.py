@@ -71,6 +71,7 @@ def metric_tables(results: Results) -> list[str]:
     for task, metrics in without_nan(results).items():
         if not isinstance(metrics, dict):  # an evaluator may give single numbers
             metrics = {task: metrics}
+        # the dash in detectron2's "B-Iou" is not that before the name of a class
         metrics = {k.replace("B-Iou", "BoundaryIoU"): value for k, value in metrics.items()}
         whole = {name: value for name, value in metrics.items() if "-" not in name}
         tables.append(_table([[task, *whole.values()]], ["", *whole]))

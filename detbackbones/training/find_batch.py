@@ -2,10 +2,10 @@
 
 import itertools
 import logging
+import math
 import os
 import resource
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -26,27 +26,10 @@ LARGEST = 32  # images that are tried at once
 STEADY = 1.25  # by which an image may take more than those of the try before
 
 
-@dataclass(frozen=True)
-class BatchSize:
-    """How many images fit.
-
-    Attributes:
-        images: of all processes, for ``dataloader.train.total_batch_size``.
-        fixed: bytes in a process that do not depend on the images.
-        each: bytes for each image.
-        memory: bytes that a process has.
-    """
-
-    images: int
-    fixed: float
-    each: float
-    memory: float
-
-
-def find_batch(cfg: DictConfig, *, memory: float | None = None) -> BatchSize:
+def find_batch(cfg: DictConfig, *, memory: float | None = None) -> int:
     """Find the largest batch that fits into memory.
 
-    Steps are trained with 1, 2, 4, ... images, at most 32, until an image takes what one took
+    Steps are tried with 1, 2, 4, ... images, at most 32, until an image takes what one took
     before; from there memory is taken to grow in a line, and nine tenths of it may be used. The
     images are the largest of the first 32 of the training. Nothing is kept of the training.
 
@@ -54,6 +37,9 @@ def find_batch(cfg: DictConfig, *, memory: float | None = None) -> BatchSize:
         cfg: as of :func:`detbackbones.training.train`.
         memory: bytes that a process has; by default those of the GPU, or a fair part of the
             machine's.
+
+    Returns:
+        the images of all processes, for ``dataloader.train.total_batch_size``.
 
     Raises:
         ValueError, OSError, ImportError: if a setting, a file or the data is wrong, or the memory
@@ -65,48 +51,63 @@ def find_batch(cfg: DictConfig, *, memory: float | None = None) -> BatchSize:
     gpu = cfg.train.device == "cuda"
     if memory is None:
         memory = torch.cuda.mem_get_info()[1] if gpu else _memory() / comm.get_local_size()
+    memory = min(comm.all_gather(memory))
     batches = itertools.islice(trainer.data_loader, LARGEST)
     images = itertools.islice(itertools.chain.from_iterable(batches), LARGEST)
     image = max(images, key=lambda image: image["image"].numel())
     trainer.accumulation_steps = 1
+    for group in trainer.optimizer.param_groups:
+        group["lr"] = 0.0  # so that no step can diverge
     sizes, peaks, each = [], [], []
+    steady = full = False
     with EventStorage():
-        size = 1
-        while size <= LARGEST:
-            _step(trainer, [image] * size)
+        while not (steady or full) and (not sizes or sizes[-1] < LARGEST):
+            size = 2 * sizes[-1] if sizes else 1
+            fits = _fits(trainer, [image] * size)
+            peak = torch.cuda.max_memory_reserved() if gpu else _peak()
+            peak = max(comm.all_gather(peak if fits else math.inf))
+            if peak > memory:
+                full = True
+                break
             sizes.append(size)
-            peaks.append(torch.cuda.max_memory_reserved() if gpu else _peak())
+            peaks.append(peak)
             if size > 1:
                 each.append((peaks[-1] - peaks[-2]) / (sizes[-1] - sizes[-2]))
             steady = len(each) > 1 and 0 < each[-1] <= STEADY * each[-2]
-            full = each and peaks[-1] + size * each[-1] > SHARE * memory
-            if steady or full:
-                break
-            size *= 2
-    fixed = peaks[-1] - sizes[-1] * each[-1]
-    if each[-1] > 0:
-        found = max(int((SHARE * memory - fixed) // each[-1]), 0)
-    else:  # more took no more than what building the model took
-        found = sizes[-1] if fixed <= SHARE * memory else 0
-    found = min(comm.all_gather(found))
-    shape = " x ".join(map(str, image["image"].shape[1:]))
-    needs = f"{fixed / GIB:.2f} GiB and {each[-1] / GIB:.3f} GiB for each image of {shape}"
-    steps = cfg.train.accumulation_steps
-    if not found:
-        raise ValueError(f"one image must fit into {memory / GIB:.2f} GiB: a step takes {needs}")
-    result = BatchSize(found * steps * comm.get_world_size(), fixed, each[-1], memory)
+            full = bool(each) and peaks[-1] + size * each[-1] > SHARE * memory
+    if not sizes:
+        raise ValueError(f"one image must fit into the {memory / GIB:.2f} GiB that there are")
+    found = sizes[-1]
+    needs = f"{peaks[-1] / GIB:.2f} GiB for {found} images"
+    if each and each[-1] > 0 and (steady or full):  # else building the model took more
+        fixed = peaks[-1] - sizes[-1] * each[-1]
+        found = max(int((SHARE * memory - fixed) // each[-1]), 1)
+        needs = f"{fixed / GIB:.2f} GiB and {each[-1] / GIB:.3f} GiB for each image"
+    found *= cfg.train.accumulation_steps * comm.get_world_size()
     if comm.is_main_process():
         logger.info(
-            "a step takes %s: %.0f %% of %.1f GiB hold dataloader.train.total_batch_size=%d",
-            *(needs, 100 * SHARE, memory / GIB, result.images),
+            "a step takes %s, of %s pixels: %.0f %% of %.1f GiB hold "
+            "dataloader.train.total_batch_size=%d",
+            needs,
+            " x ".join(map(str, image["image"].shape[1:])),
+            *(100 * SHARE, memory / GIB, found),
         )
-    return result
+    return found
 
 
-def _step(trainer: Trainer, batch: list[dict]) -> None:
-    trainer._accumulate(batch)
-    trainer.optimizer.step()  # from the first on there are its moments, too
-    trainer.optimizer.zero_grad()
+def _fits(trainer: Trainer, batch: list[dict]) -> bool:
+    """A training step, with the optimizer's moments from the first on; whether it was possible."""
+    model, trainer.model = trainer.model, trainer.bare_model  # no process waits for another
+    try:
+        trainer._accumulate(batch)
+        trainer.scaler.step(trainer.optimizer)
+        trainer.scaler.update()
+        return True
+    except torch.OutOfMemoryError:
+        return False
+    finally:
+        trainer.model = model
+        trainer.optimizer.zero_grad()
 
 
 def _peak() -> int:

@@ -168,7 +168,7 @@ class Run:
 
     @property
     def evaluated(self) -> nn.Module:
-        """The model that is evaluated: with ``train.model_ema`` the average."""
+        """The model that is evaluated: the average, or of a divided model a whole copy."""
         return self.trainer.evaluated_model
 
 
@@ -234,6 +234,8 @@ def fit(run: Run) -> Results:
         found, evaluator = evaluate_model(cfg, run.evaluated, check)
         results.update(found)
         run.best.update(results, min(get_event_storage().iter, settings.max_iter - 1))
+        if trainer.iter + 1 < settings.max_iter:  # or it is drawn what it predicts
+            trainer.release()
         return results
 
     timing = [hooks.IterationTimer(), hooks.LRScheduler(scheduler=instantiate(cfg.lr_multiplier))]
@@ -251,7 +253,7 @@ def fit(run: Run) -> Results:
     parameters = list(run.model.parameters())
     logger.info(
         "training %s on %s, iterations %d to %d, into %s: %.1f M parameters, %.1f M trainable",
-        type(run.model).__name__,
+        type(run.evaluated).__name__,
         settings.device,
         run.start_iter,
         settings.max_iter,

@@ -27,8 +27,8 @@ def shard(model: nn.Module, device: str) -> None:
     whole tensors as before.
 
     Args:
-        model: changed in place.
-        device: "cuda" or "cpu", what it lies on.
+        model: changed in place; it may lie on the CPU, from where its parts go to the device.
+        device: "cuda" or "cpu".
     """
     mesh = init_device_mesh(device, (comm.get_world_size(),))
     for backbone in [m for m in model.modules() if isinstance(m, FeatureBackbone)]:
@@ -49,11 +49,12 @@ def _blocks(backbone: FeatureBackbone) -> list[nn.Module]:
     except ValueError:  # nothing in them learns
         return []
     names = [name for name in names if name in measured.modules]
-    return [
-        backbone.extractor.get_submodule(name)
+    blocks = {
+        name: backbone.extractor.get_submodule(name)
         for name in names
         if not any(name.startswith(f"{other}.") for other in names)
-    ]
+    }
+    return [block for block in blocks.values() if any(True for _ in block.parameters())]
 
 
 def _divide(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
@@ -71,18 +72,55 @@ def part_of(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 
 def whole(state: Any) -> Any:
-    """A state dict whose divided tensors are whole; all processes must call it together."""
-    return tree_map(lambda x: x.full_tensor() if isinstance(x, DTensor) else x, state)
+    """A state dict whose divided tensors are whole, one after the other, on the CPU.
+
+    All processes must call it together; those that are not the main one have None in their place.
+    """
+
+    def gathered(x: Any) -> Any:
+        if not isinstance(x, DTensor):
+            return x
+        full = x.full_tensor()
+        return full.cpu() if comm.is_main_process() else None
+
+    return tree_map(gathered, state)
 
 
-def divided_moments(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> dict[str, Any]:
-    """This process's part of the state of an optimizer, whose parameters may be divided."""
+@torch.no_grad()
+def copy_weights(model: nn.Module, copy: nn.Module) -> None:
+    """Give a whole copy the weights of a divided model; all processes must call it together."""
+    state = model.state_dict()
+    for name, value in copy.state_dict().items():
+        value.copy_(state[name].full_tensor() if isinstance(state[name], DTensor) else state[name])
+
+
+def moments_like_parameters(
+    optimizer: torch.optim.Optimizer, state: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The state of an optimizer with moments that are divided and laid out as the parameters are.
+
+    On a CPU fused AdamW is wrong for a moment of other strides than its parameter's (torch 2.14).
+
+    Raises:
+        ValueError: if it is of another number of parameters.
+    """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    count = sum(len(group["params"]) for group in state["param_groups"])
+    if count != len(parameters):
+        raise ValueError(
+            f"the checkpoint's optimizer is for {count} parameters, and must be for the "
+            f"{len(parameters)} that learn now: has freeze_at, norm or lora_rank changed?"
+        )
+
+    def like(value: Any, parameter: nn.Parameter) -> Any:
+        if not torch.is_tensor(value) or value.shape != parameter.shape:
+            return value
+        value = part_of(value, parameter)
+        return torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+
     moments = {
-        number: {
-            k: part_of(v, parameters[number]) if torch.is_tensor(v) else v for k, v in x.items()
-        }
-        for number, x in state["state"].items()
+        number: {key: like(value, parameters[number]) for key, value in of_one.items()}
+        for number, of_one in state["state"].items()
     }
     return {**state, "state": moments}
 

@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..messages import first_line, one_of
-from .sharding import divided_moments, is_sharded, whole
+from .sharding import copy_weights, is_sharded, moments_like_parameters
 
 AMP_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -116,7 +116,12 @@ class Trainer(SimpleTrainer):
     def gather(self) -> None:
         """Give the copy of a divided model its weights; all processes must call it together."""
         if self.copy is not None:
-            self.copy.load_state_dict(whole(self.model.state_dict()))
+            copy_weights(self.model, self.copy.to(self.device))
+
+    def release(self) -> None:
+        """Put the copy of a divided model out of the device's memory."""
+        if self.copy is not None:
+            self.copy.cpu()
 
     def before_train(self) -> None:
         """Let the data start where training does."""
@@ -142,8 +147,8 @@ class Trainer(SimpleTrainer):
             self.scaler.unscale_(self.optimizer)
             parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
             nn.utils.clip_grad_norm_(parameters, **self.clip_grad)
-        values = torch.stack([loss.float() for loss in losses.values()]).cpu()  # one transfer
-        losses = dict(zip(losses, values.unbind()))
+        values = [loss.float().reshape(()) for loss in losses.values()]
+        losses = dict(zip(losses, torch.stack(values).cpu().unbind()))  # in one transfer
         try:
             self._write_metrics(losses, data_time)
         except FloatingPointError as error:
@@ -235,7 +240,7 @@ class Trainer(SimpleTrainer):
             )
         if self.average is not None:
             self.average.module.load_state_dict(state_dict["ema"])
-        moments = divided_moments(self.optimizer, state_dict["optimizer"])
+        moments = moments_like_parameters(self.optimizer, state_dict["optimizer"])
         super().load_state_dict({**state_dict, "optimizer": moments})
         if state_dict["scaler"]:  # empty where the interrupted run needed none
             self.scaler.load_state_dict(state_dict["scaler"])

@@ -1,7 +1,6 @@
 """LoRA: the updates learn and nothing else does, and merged they are what they were."""
 
 import copy
-import sys
 
 import pytest
 import timm
@@ -19,13 +18,13 @@ pytest.importorskip("peft")
 
 MODELS = {
     "a ViT": (TimmBackbone, "vit_tiny_patch16_224", {}),
-    "windows": (TimmBackbone, "swin_tiny_patch4_window7_224", {}),
+    "windows": (TimmBackbone, "swin_tiny_patch4_window7_224", {"drop_path_rate": 0.0}),
     "linear layers among convolutions": (TimmBackbone, "convnext_atto", {}),
     "1x1 convolutions": (TimmBackbone, "tf_efficientnet_lite0", {"norm": "FrozenBN"}),
     "frozen up to res2": (TimmBackbone, "resnet26", {"freeze_at": 2, "norm": "FrozenBN"}),
     "checkpointing": (TimmBackbone, "vit_tiny_patch16_224", {"grad_checkpointing": True}),
     "a weight that is taken alone": (TimmBackbone, "eva02_tiny_patch14_224", {}),
-    "torchvision's": (TorchvisionBackbone, "swin_t", {}),
+    "torchvision's": (TorchvisionBackbone, "swin_t", {"drop_path_rate": 0.0}),
 }
 
 
@@ -40,6 +39,9 @@ def trained(kind, name, rank=4, **arguments):
                 parameter.copy_(0.05 * torch.randn_like(parameter))
             elif "gamma" in key:  # layer scales of 1e-6 would hide all
                 parameter.fill_(1.0)
+        for key, buffer in backbone.named_buffers():  # timm's last norm of a block is zero
+            if key.endswith(".weight"):
+                buffer.fill_(1.0)
     return backbone.eval()
 
 
@@ -121,9 +123,17 @@ def test_a_detectors_backbone_goes_back_to_timm(tmp_path):
     assert ((got(x)["res4"] - want).abs().max() / want.abs().max()) < 1e-5
 
 
+def test_batch_norm_stays_as_it_is():
+    backbone = TimmBackbone("test_resnet", lora_rank=4).train()
+    before = {key: value.clone() for key, value in backbone.state_dict().items()}
+    backbone(images(2, 3, 64, 64))
+    assert all(torch.equal(value, before[key]) for key, value in backbone.state_dict().items())
+
+
 def test_refused(monkeypatch):
-    with pytest.raises(ValueError, match="lora_rank=-1 must be a whole number"):
-        TimmBackbone("vit_tiny_patch16_224", lora_rank=-1)
+    for rank in (-1, True, 2.5):
+        with pytest.raises(ValueError, match=f"lora_rank={rank} must be a whole number"):
+            TimmBackbone("vit_tiny_patch16_224", lora_rank=rank)
     with pytest.raises(ValueError, match="lora_rank=4 has no effect: no linear or 1x1 layer"):
         TimmBackbone("vit_tiny_patch16_224", lora_rank=4, freeze_at=5)
     state = {"a.weight": torch.zeros(4, 4), "a.lora_A.weight": torch.zeros(2, 4)}
@@ -131,6 +141,6 @@ def test_refused(monkeypatch):
         merged(state)
     with pytest.raises(ValueError, match="'a.lora_A.weight' must be of the shape of 'a.weight'"):
         merged({**state, "a.lora_B.weight": torch.zeros(5, 2)})
-    monkeypatch.setitem(sys.modules, "peft", None)
+    monkeypatch.setattr("detbackbones.adapt.lora.find_spec", lambda name: None)
     with pytest.raises(ImportError, match="lora_rank needs peft: pip install"):
         TimmBackbone("vit_tiny_patch16_224", lora_rank=4)

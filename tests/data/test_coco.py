@@ -94,6 +94,13 @@ def test_a_large_file_is_checked_once(folder, monkeypatch, caplog):
         dicts()
 
 
+def test_what_cannot_be_remembered_is_checked_again(folder, monkeypatch):
+    (folder / "cache").write_text("no folder")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+    monkeypatch.setattr("detbackbones.data.coco.LARGE", 0)
+    assert register_coco(write(folder, coco()), str(folder / "images")) in DatasetCatalog
+
+
 def test_what_was_mended_is_mended_again(folder, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
     monkeypatch.setattr("detbackbones.data.coco.LARGE", 0)

@@ -45,14 +45,14 @@ def quality(tmp_path):
         segments = [
             {"id": i, "category_id": c, "iscrowd": int(i in crowd)} for i, c in classes.items()
         ]
-        register(tmp_path, [{"image_id": 5, "file_name": "a.png", "segments_info": segments}])
+        register(tmp_path, [{"image_id": "a", "file_name": "a.png", "segments_info": segments}])
         evaluator = PanopticEvaluator("panoptic_example")
         evaluator.reset()
         infos = [
             {"id": i, "isthing": CONTIGUOUS[c][0], "category_id": CONTIGUOUS[c][1]}
             for i, c in found_classes.items()
         ]
-        evaluator.process([{"image_id": 5}], [{"panoptic_seg": (torch.tensor(found), infos)}])
+        evaluator.process([{"image_id": "a"}], [{"panoptic_seg": (torch.tensor(found), infos)}])
         return {k: v / 100 for k, v in evaluator.evaluate()["panoptic_seg"].items()}
 
     yield evaluate

@@ -128,9 +128,10 @@ def torchvision_models(
 def variants_of(backbone: FeatureBackbone, device: str) -> list[dict[str, bool]]:
     """The memory format and the folding that a backbone does not choose by itself on a device."""
     last = device == "cpu" and backbone._channels_last_on_cpu
-    formats = [{}, {"channels_last": not last}]
-    folds = any(isinstance(module, FoldedConv2d) for module in backbone.modules())
-    return [{**f, **fold} for f in formats for fold in ({}, {"fold": False})[: 1 + folds]][1:]
+    other = {"channels_last": not last}
+    if not any(isinstance(module, FoldedConv2d) for module in backbone.modules()):
+        return [other]
+    return [{"fold": False}, other, {**other, "fold": False}]
 
 
 def contestants(name: str, args: argparse.Namespace, images: torch.Tensor) -> list[Contestant]:

@@ -26,6 +26,7 @@ for config in mask_rcnn rt_detr; do
     [[ $config == rt_detr ]] || backbone+=.bottom_up
     nvidia-smi --query-gpu=utilization.gpu --format=csv,noheader,nounits -l 1 >"$run.busy" &
     watch=$!
+    trap 'kill $watch 2>/dev/null || true' EXIT
     "$python" -m detbackbones train --config-file finetune/$config.py --overwrite \
         dataset.{train_json="$shapes/train.json",train_images="$shapes/images/train"} \
         dataset.{val_json="$shapes/val.json",val_images="$shapes/images/val"} \

@@ -25,6 +25,7 @@ import statistics
 import subprocess
 import sys
 import time
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -302,16 +303,14 @@ def run(command: list[str], threads: int) -> tuple[float, str]:
 
 
 def ours(output: Path) -> dict[str, float]:
-    """What a run here says of itself, in whole seconds."""
+    """What a run here says of itself; the loop ends with the last checkpoint, as the peers'."""
     lines = [json.loads(line) for line in (output / "metrics.json").read_text().splitlines()]
-    log = (output / "log.txt").read_text()
-    text = next(x for x in log.splitlines() if "Total training time" in x)
-    clock, _, on_hooks = text.partition("Total training time: ")[2].partition(" (")
-    seconds = sum(int(x) * 60**i for i, x in enumerate(reversed(clock.split(":"))))
-    evaluation = on_hooks.split(" on")[0]
-    seconds -= sum(int(x) * 60**i for i, x in enumerate(reversed(evaluation.split(":"))))
+    log = (output / "log.txt").read_text().splitlines()
+    marks = ("Starting training from iteration", "model_final.pth")
+    times = [next(x for x in log if mark in x)[1:15] for mark in marks]
+    start, end = (datetime.strptime(time, "%m/%d %H:%M:%S") for time in times)
     ap = next(line["bbox/AP"] for line in reversed(lines) if "bbox/AP" in line)
-    return {"training": max(seconds, 1), "AP": ap}
+    return {"training": max((end - start).total_seconds(), 1), "AP": ap}
 
 
 def main() -> None:
