@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.checkpoint import checkpoint
 
 from ..measure.trace import Trace, tensors_in
+from .lora import has_update
 
 
 class Checkpoints:
@@ -95,9 +96,8 @@ def _is_stage(module: nn.Module) -> bool:
 
 def _is_block(module: nn.Module) -> bool:
     """Whether a module has more in it than, say, a convolution and its norm."""
-    if hasattr(module, "base_layer"):  # a layer with LoRA
-        return False
-    return sum(bool(m._parameters or m._buffers) for m in module.modules()) > 2
+    parts = [module] if has_update(module) else module.modules()
+    return sum(bool(m._parameters or m._buffers) for m in parts) > 2
 
 
 def _is_or_holds_stage(module: nn.Module) -> bool:
@@ -106,9 +106,8 @@ def _is_or_holds_stage(module: nn.Module) -> bool:
 
 def _has_parts(module: nn.Module) -> bool:
     """Whether a module is worth a piece: one with parts, or pooling, which keeps what it takes."""
-    if hasattr(module, "base_layer"):  # a layer with LoRA
-        return False
-    return bool([*module.children()]) or isinstance(module, nn.MaxPool2d)
+    parts = bool([*module.children()]) and not has_update(module)
+    return parts or isinstance(module, nn.MaxPool2d)
 
 
 class _Outermost:

@@ -29,7 +29,7 @@ def check_rank(rank: int) -> None:
     """
     whole_number("lora_rank", rank)
     if find_spec("peft") is None:
-        raise ImportError("lora_rank needs peft: pip install 'detbackbones[lora]'")
+        raise ImportError(f"lora_rank={rank} needs peft: pip install '.[lora]', or peft alone")
 
 
 def add_lora(extractor: nn.Module, rank: int, learning: Container[str]) -> None:
@@ -68,6 +68,11 @@ def _can_have_update(module: nn.Module) -> bool:
         return True
     is_conv = type(module) in (nn.Conv2d, Conv2dSame)
     return is_conv and module.kernel_size == (1, 1) and module.groups == 1
+
+
+def has_update(module: nn.Module) -> bool:
+    """Whether a module is a layer with an update: what peft has put around it is no part of it."""
+    return hasattr(module, "base_layer")
 
 
 def own_name(name: str) -> str:

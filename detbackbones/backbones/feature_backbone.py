@@ -102,6 +102,7 @@ class FeatureBackbone(Backbone):
         one_of("norm", norm, NORMS)
         if lora_rank:
             check_rank(lora_rank)
+            norm = norm or "FrozenBN"
         if compile and grad_checkpointing:
             raise ValueError("compile=True and grad_checkpointing=True cannot be had together")
 
@@ -114,7 +115,7 @@ class FeatureBackbone(Backbone):
         extractor = source.build(levels, fit.options, pretrained)
         source.switch_off_dropout(extractor, part.modules)
         prune(extractor, fit.trace, source.in_channels, fit.sizes)
-        extractor = convert_norm(extractor, norm or "FrozenBN" * bool(lora_rank))
+        extractor = convert_norm(extractor, norm)
         self._eval_modules = freeze(extractor, part, prefix)
         if norm == "FrozenBN":  # what is a batch norm still is of no class that we can replace
             modules = extractor.named_modules()

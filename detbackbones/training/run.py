@@ -269,8 +269,8 @@ def fit(run: Run) -> Results:
         logger.info("%s", end)
         trainer.iter = end.iteration
         run.checkpointer.save("model_final", iteration=end.iteration)
+        trainer.gather()
         if end.iteration < run.start_iter and not missed:  # what is continued had ended
-            trainer.gather()
             found, evaluator = evaluate_model(cfg, run.evaluated)
             results.update(found)
     if main:

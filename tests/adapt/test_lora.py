@@ -5,14 +5,16 @@ import copy
 import pytest
 import timm
 import torch
-from detbackbones import TimmBackbone, TorchvisionBackbone
+from detbackbones import FeatureBackbone, TimmBackbone, TorchvisionBackbone
 from detbackbones.adapt.lora import is_update, merged
+from detbackbones.backbones.module_source import ModuleSource
 from detbackbones.measure.trace import record
 from detbackbones.training.depths import parameter_depths
 from detbackbones.training.optim import param_groups
 from detbackbones.weights import export_backbone
 from safetensors.torch import load_file
 from support import images, randomise
+from torch import nn
 
 pytest.importorskip("peft")
 
@@ -130,6 +132,30 @@ def test_batch_norm_stays_as_it_is():
     assert all(torch.equal(value, before[key]) for key, value in backbone.state_dict().items())
 
 
+def test_a_batch_norm_of_a_class_that_does_more_stays_too():
+    class Scaled(nn.BatchNorm2d):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    net = nn.Sequential(nn.Conv2d(3, 8, 4, 4), Scaled(8), nn.Conv2d(8, 8, 1))
+    source = ModuleSource(net, ["2"], 3, 64)
+    backbone = FeatureBackbone(source, source.levels, lora_rank=2).train()
+    before = {key: value.clone() for key, value in backbone.state_dict().items()}
+    backbone(images(2, 3, 64, 64))
+    assert all(torch.equal(value, before[key]) for key, value in backbone.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["mixnet_s", "resnet26"])
+def test_stages_are_those_without(name):
+    """Which pieces gradient checkpointing and FSDP have."""
+    with torch.device("meta"):
+        plain, backbone = (
+            TimmBackbone(name, lora_rank=rank, norm="FrozenBN", grad_checkpointing=True)
+            for rank in (0, 4)
+        )
+    assert plain._checkpoints.lengths == backbone._checkpoints.lengths
+
+
 def test_refused(monkeypatch):
     for rank in (-1, True, 2.5):
         with pytest.raises(ValueError, match=f"lora_rank={rank} must be a whole number"):
@@ -142,5 +168,5 @@ def test_refused(monkeypatch):
     with pytest.raises(ValueError, match="'a.lora_A.weight' must be of the shape of 'a.weight'"):
         merged({**state, "a.lora_B.weight": torch.zeros(5, 2)})
     monkeypatch.setattr("detbackbones.adapt.lora.find_spec", lambda name: None)
-    with pytest.raises(ImportError, match="lora_rank needs peft: pip install"):
+    with pytest.raises(ImportError, match="lora_rank=4 needs peft: pip install"):
         TimmBackbone("vit_tiny_patch16_224", lora_rank=4)

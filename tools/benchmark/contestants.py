@@ -178,10 +178,9 @@ def contestants(name: str, args: argparse.Namespace, images: torch.Tensor) -> li
         if label == "detectron2":
             copy_weights(ours, peer, timm_key)
             continue
-        if isinstance(peer, FeatureBackbone):
-            copy_weights(source, peer)
-            continue
         copy_weights(source, peer)
+        if isinstance(peer, FeatureBackbone):  # built with the same options
+            continue
         for key, parameter in peer.named_parameters():
             parameter.requires_grad_(parameter.requires_grad and flat(key) not in frozen)
         if args.norm == "FrozenBN" and not args.options_off:

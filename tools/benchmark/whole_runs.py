@@ -32,6 +32,7 @@ from typing import Any
 from tabulate import tabulate
 from tqdm import tqdm
 
+BATCH = 4
 BACKBONE = "model.backbone.bottom_up"
 RANDOM = [f"{BACKBONE}.model_name=resnet50", f"{BACKBONE}.pretrained=False"]
 RANDOM += [f"{BACKBONE}.norm=BN", f"{BACKBONE}.freeze_at=0"]
@@ -56,7 +57,7 @@ def words(pair: str, folder: Path, output: Path, iterations: int, seed: int) -> 
         *[f"train.output_dir={output}", f"train.max_iter={iterations}", f"train.seed={seed}"],
         *["train.eval_period=0", "train.pictures=0", "--overwrite"],
         *[f"train.checkpointer.period={iterations}", "dataloader.train.num_workers=1"],
-        "dataloader.test.num_workers=1",
+        *["dataloader.test.num_workers=1", f"dataloader.train.total_batch_size={BATCH}"],
     ]
 
 
@@ -354,7 +355,7 @@ def main() -> None:
                     for theirs, mine in zip(runs, results["detbackbones"])
                 )
                 middle = {key: statistics.median(x[key] for x in runs) for key in runs[0]}
-                speed = 4 * args.iterations / middle["training"]
+                speed = BATCH * args.iterations / middle["training"]
                 spread = f"{min(x['AP'] for x in runs):.1f}..{max(x['AP'] for x in runs):.1f}"
                 rows.append([pair, name, middle["whole"], speed, ratio, middle["AP"], spread])
     headers = ["pair", "program", "whole, s", "images/s", "whole / ours", "AP", "lowest..highest"]
