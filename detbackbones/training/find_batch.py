@@ -23,15 +23,14 @@ logger = logging.getLogger(__name__)
 GIB = 2**30
 SHARE = 0.9  # of the memory that may be used: batches differ, and memory becomes fragmented
 LARGEST = 32  # images that are tried at once
-STEADY = 1.25  # by which an image may take more than those of the try before
 
 
 def find_batch(cfg: DictConfig, *, memory: float | None = None) -> int:
     """Find the largest batch that fits into memory.
 
-    Steps are tried with 1, 2, 4, ... images, at most 32, until an image takes what one took
-    before; from there memory is taken to grow in a line, and nine tenths of it may be used. The
-    images are the largest of the first 32 of the training. Nothing is kept of the training.
+    Steps are tried with 1, 2, 4, ... images, at most 32, until twice as many do not fit; from
+    there memory is taken to grow in a line, and nine tenths of it may be used. Each image is the
+    largest of the first 32 of the training. Nothing is kept of the training.
 
     Args:
         cfg: as of :func:`detbackbones.training.train`.
@@ -58,31 +57,30 @@ def find_batch(cfg: DictConfig, *, memory: float | None = None) -> int:
     trainer.accumulation_steps = 1
     for group in trainer.optimizer.param_groups:
         group["lr"] = 0.0  # so that no step can diverge
-    sizes, peaks, each = [], [], []
-    steady = full = False
+    sizes, peaks = [], []
+    each = 0.0  # the bytes that an image more takes
+    most = math.inf
     with EventStorage():
-        while not (steady or full) and (not sizes or sizes[-1] < LARGEST):
+        while not sizes or (sizes[-1] < LARGEST and peaks[-1] + sizes[-1] * each <= SHARE * memory):
             size = 2 * sizes[-1] if sizes else 1
             fits = _fits(trainer, [image] * size)
             peak = torch.cuda.max_memory_reserved() if gpu else _peak()
             peak = max(comm.all_gather(peak if fits else math.inf))
             if peak > memory:
-                full = True
+                most = size - 1
                 break
+            if sizes:
+                each = (peak - peaks[-1]) / (size - sizes[-1])
             sizes.append(size)
             peaks.append(peak)
-            if size > 1:
-                each.append((peaks[-1] - peaks[-2]) / (sizes[-1] - sizes[-2]))
-            steady = len(each) > 1 and 0 < each[-1] <= STEADY * each[-2]
-            full = bool(each) and peaks[-1] + size * each[-1] > SHARE * memory
     if not sizes:
         raise ValueError(f"one image must fit into the {memory / GIB:.2f} GiB that there are")
     found = sizes[-1]
     needs = f"{peaks[-1] / GIB:.2f} GiB for {found} images"
-    if each and each[-1] > 0 and (steady or full):  # else building the model took more
-        fixed = peaks[-1] - sizes[-1] * each[-1]
-        found = max(int((SHARE * memory - fixed) // each[-1]), 1)
-        needs = f"{fixed / GIB:.2f} GiB and {each[-1] / GIB:.3f} GiB for each image"
+    if each > 0:  # else building the model took more
+        fixed = peaks[-1] - sizes[-1] * each
+        found = max(int(min((SHARE * memory - fixed) // each, most)), 1)
+        needs = f"{fixed / GIB:.2f} GiB and {each / GIB:.3f} GiB for each image"
     found *= cfg.train.accumulation_steps * comm.get_world_size()
     if comm.is_main_process():
         logger.info(
