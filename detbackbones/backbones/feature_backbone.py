@@ -18,7 +18,7 @@ from ..adapt.fold import fold_norms
 from ..adapt.freeze import freeze, frozen_part
 from ..adapt.grad_checkpointing import Checkpoints
 from ..adapt.lora import add_lora, check_rank, forget_updates, is_update, merged, own_name
-from ..adapt.memory_format import gains_from_channels_last
+from ..adapt.memory_format import breaks_in_channels_last, gains_from_channels_last, lay_out
 from ..adapt.norm import NORMS, convert_norm, is_batch_norm
 from ..adapt.prune import prune
 from ..measure.levels import output_list
@@ -132,7 +132,12 @@ class FeatureBackbone(Backbone):
         self.model = extractor.get_submodule(prefix.removesuffix("."))
         self._extractor = [extractor]  # in a list it is no submodule, and has no names of its own
         self._channels_last = channels_last
-        self._channels_last_on_cpu = gains_from_channels_last(extractor)
+        breaks = breaks_in_channels_last(extractor)
+        gains = gains_from_channels_last(extractor)
+        self._channels_last_on_cpu = not breaks and (
+            gains if channels_last is None else channels_last
+        )
+        self._lay_out()
         self._describe(fit, list(levels.names.values()), prefix)
         self.train()
         self._checkpoints = None
@@ -217,10 +222,7 @@ class FeatureBackbone(Backbone):
         whole = self._whole(size)
         if whole != size:
             x = F.pad(x, (0, whole[1] - width, 0, whole[0] - height))
-        channels_last = self._channels_last
-        if channels_last is None:
-            channels_last = x.is_cpu and self._channels_last_on_cpu
-        if channels_last:
+        if self._channels_last_on_cpu if x.is_cpu else self._channels_last:
             x = x.contiguous(memory_format=torch.channels_last)
         run = self.extractor
         if self._checkpoints:
@@ -312,6 +314,16 @@ class FeatureBackbone(Backbone):
         for name in self._eval_modules:
             self.extractor.get_submodule(name).eval()
         return self
+
+    def _apply(self, *args, **kwargs) -> "FeatureBackbone":
+        super()._apply(*args, **kwargs)
+        self._lay_out()  # for the device that it has been moved to
+        return self
+
+    def _lay_out(self) -> None:
+        weight = next(self.parameters(), None)
+        gpu = weight is not None and weight.device.type not in ("cpu", "meta")
+        lay_out(self.extractor, bool(self._channels_last if gpu else self._channels_last_on_cpu))
 
     def __deepcopy__(self, memo: dict) -> "FeatureBackbone":
         new = type(self).__new__(type(self))

@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._pytree import tree_map
 
 from ..adapt.grad_checkpointing import Checkpoints
+from ..adapt.memory_format import lay_out
 from ..backbones.feature_backbone import FeatureBackbone
 from ..measure.trace import record
 
@@ -32,6 +33,7 @@ def shard(model: nn.Module, device: str) -> None:
     """
     mesh = init_device_mesh(device, (comm.get_world_size(),))
     for backbone in [m for m in model.modules() if isinstance(m, FeatureBackbone)]:
+        lay_out(backbone.extractor, channels_last=False)  # all that fully_shard takes
         for block in _blocks(backbone):
             fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)

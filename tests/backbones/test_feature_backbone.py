@@ -321,7 +321,8 @@ def test_what_feeds_no_level_is_dropped(overwrites):
         ("convnext_atto", {}, False),
         ("convnext_atto", {"channels_last": True}, True),
         ("vit_tiny_patch16_224", {}, False),
-        ("repvgg_a0", {}, False),  # oneDNN would write beyond its memory
+        ("repvgg_a0", {}, False),
+        ("repvgg_a0", {"channels_last": True}, False),  # oneDNN would write beyond its memory
     ],
 )
 def test_memory_format(name, arguments, channels_last):
@@ -337,6 +338,11 @@ def test_memory_format(name, arguments, channels_last):
     assert x.is_contiguous()
     backbone(x)
     assert formats == [channels_last]
+    for moved in (backbone, backbone.double(), copy.deepcopy(backbone)):
+        for module in moved.modules():
+            if isinstance(module, nn.Conv2d):
+                layout = torch.channels_last if channels_last else torch.contiguous_format
+                assert module.weight.is_contiguous(memory_format=layout)
 
 
 @pytest.mark.parametrize(

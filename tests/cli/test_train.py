@@ -272,7 +272,7 @@ def test_a_machine_that_fails_is_restarted(tiny, tmp_path, of_two_processes):
     rendezvous = ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{free_port()}"]
     launcher = ["-m", "torch.distributed.run", "--nnodes", 2, "--nproc-per-node", 1]
     launcher += [*rendezvous, "--rdzv-id", "test", "--local-addr", "127.0.0.1"]
-    launcher += ["--max-restarts", 2]
+    launcher += ["--max-restarts", 6]  # they may miss each other again
     arguments = [*words(tiny, tmp_path, "faster_rcnn", *MACHINES), "--resume"]
     machines = [
         start(arguments, map(str, launcher), preexec_fn=one_core, stderr=subprocess.PIPE, text=True)

@@ -294,19 +294,17 @@ def check(args: argparse.Namespace) -> None:
 
 def report(
     args: argparse.Namespace, results: Sequence[dict[str, Any]], failures: dict[str, str]
-) -> None:
-    """Print the table, and write the files if a folder was given."""
+) -> str:
+    """The table; it and the numbers are written if a folder was given."""
     rows = summarise(results)
     text = f"{setting(args)}\n\n{table(rows, failures)}\n"
-    print(text, end="")
     if args.output:
         content = {"setting": setting(args), "arguments": vars(args) | {"output": str(args.output)}}
         content |= {"results": rows, "geometric_means": means(rows), "failures": failures}
         (args.output / FILES[0]).write_text(text)
         (args.output / FILES[1]).write_text(json.dumps(content, indent=1) + "\n")
         (args.output / FILES[2]).unlink(missing_ok=True)
-        if rows:
-            draw(rows, setting(args), args.output / FILES[2])
+    return text
 
 
 def main() -> None:
@@ -333,10 +331,14 @@ def main() -> None:
                     failures[name] = str(error).partition("\n")[0] or type(error).__name__
                     bar.update((index + 1) * rounds - bar.n)
                     status = 1
+                report(args, results, failures)
     except KeyboardInterrupt:
         print("interrupted: this is what was measured until then", file=sys.stderr)
         status = 130
-    report(args, results, failures)
+    print(report(args, results, failures), end="")
+    rows = summarise(results)
+    if args.output and rows:
+        draw(rows, setting(args), args.output / FILES[2])
     sys.exit(status)
 
 

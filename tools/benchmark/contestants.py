@@ -16,6 +16,7 @@ import torch
 import torchvision
 from detbackbones import FeatureBackbone, TimmBackbone, TorchvisionBackbone
 from detbackbones.adapt.folded_conv import FoldedConv2d
+from detbackbones.adapt.memory_format import breaks_in_channels_last
 from detbackbones.measure.levels import output_list
 from detbackbones.testing.contract import TOLERANCE
 from detbackbones.testing.raw import flat
@@ -127,11 +128,11 @@ def torchvision_models(
 
 def variants_of(backbone: FeatureBackbone, device: str) -> list[dict[str, bool]]:
     """The memory format and the folding that a backbone does not choose by itself on a device."""
-    last = device == "cpu" and backbone._channels_last_on_cpu
-    other = {"channels_last": not last}
-    if not any(isinstance(module, FoldedConv2d) for module in backbone.modules()):
-        return [other]
-    return [{"fold": False}, other, {**other, "fold": False}]
+    folds = [{"fold": False}] * any(isinstance(m, FoldedConv2d) for m in backbone.modules())
+    if device == "cpu" and breaks_in_channels_last(backbone):
+        return folds
+    other = {"channels_last": not (device == "cpu" and backbone._channels_last_on_cpu)}
+    return [*folds, other, *({**other, **fold} for fold in folds)]
 
 
 def contestants(name: str, args: argparse.Namespace, images: torch.Tensor) -> list[Contestant]:
