@@ -321,6 +321,7 @@ def test_what_feeds_no_level_is_dropped(overwrites):
         ("convnext_atto", {}, False),
         ("convnext_atto", {"channels_last": True}, True),
         ("vit_tiny_patch16_224", {}, False),
+        ("resnest14d", {"norm": "FrozenBN"}, False),
         ("repvgg_a0", {}, False),
         ("repvgg_a0", {"channels_last": True}, False),  # oneDNN would write beyond its memory
     ],
