@@ -80,7 +80,8 @@ class FeatureBackbone(Backbone):
             fold: make frozen batch norm a part of the convolution before it, see
                 :func:`detbackbones.adapt.fold.fold_norms`.
             channels_last: the memory format of the maps; None is for where it was measured to help,
-                on a CPU in models with batch norm.
+                on a CPU in models with batch norm but ResNeSt. RepVGG never has channels last on a
+                CPU, see :func:`detbackbones.adapt.memory_format.breaks_in_channels_last`.
             compile: pass the extractor through ``torch.compile``.
             grad_checkpointing: compute maps again in the backward pass instead of keeping them.
             lora_rank: freeze the model, and train updates of this rank of its linear layers and
@@ -222,7 +223,7 @@ class FeatureBackbone(Backbone):
         whole = self._whole(size)
         if whole != size:
             x = F.pad(x, (0, whole[1] - width, 0, whole[0] - height))
-        if self._channels_last_on_cpu if x.is_cpu else self._channels_last:
+        if self._runs_channels_last(x.device):
             x = x.contiguous(memory_format=torch.channels_last)
         run = self.extractor
         if self._checkpoints:
@@ -322,8 +323,12 @@ class FeatureBackbone(Backbone):
 
     def _lay_out(self) -> None:
         weight = next(self.parameters(), None)
-        gpu = weight is not None and weight.device.type not in ("cpu", "meta")
-        lay_out(self.extractor, bool(self._channels_last if gpu else self._channels_last_on_cpu))
+        if weight is not None:
+            lay_out(self.extractor, self._runs_channels_last(weight.device))
+
+    def _runs_channels_last(self, device: torch.device) -> bool:
+        on_cpu = device.type in ("cpu", "meta")
+        return bool(self._channels_last_on_cpu if on_cpu else self._channels_last)
 
     def __deepcopy__(self, memo: dict) -> "FeatureBackbone":
         new = type(self).__new__(type(self))

@@ -69,7 +69,8 @@ class TimmBackbone(FeatureBackbone):
             freeze_at: 0 nothing, 1 the stem, 2 up to and including ``res2``, ... 5 all.
             fold: make frozen batch norm a part of the convolution before it; see ``fold_norms``.
             channels_last: the memory format of the maps; None is for where it was measured to help,
-                on a CPU in models with batch norm.
+                on a CPU in models with batch norm but ResNeSt. RepVGG never has channels last on a
+                CPU, see :func:`detbackbones.adapt.memory_format.breaks_in_channels_last`.
             compile: run the model through ``torch.compile``.
             grad_checkpointing: compute maps again in the backward pass instead of keeping them:
                 less memory, more time.

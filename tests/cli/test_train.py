@@ -270,8 +270,7 @@ def test_two_machines_train_like_one(tiny, tmp_path, of_two_processes):
 def test_machines_that_fail_are_restarted(tiny, tmp_path, of_two_processes):
     """torchrun on two machines: their processes are killed, start again and go on.
 
-    Where but one is killed, torchrun's two agents may count restarts differently and never meet:
-    the other may see the first wait before it sees its own process fail (torch 2.14).
+    Where but one is killed, the two at times do not find each other again: the cause is not known.
     """
     rendezvous = ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{free_port()}"]
     launcher = ["-m", "torch.distributed.run", "--nnodes", 2, "--nproc-per-node", 1]

@@ -293,10 +293,9 @@ def check(args: argparse.Namespace) -> None:
 
 
 def report(
-    args: argparse.Namespace, results: Sequence[dict[str, Any]], failures: dict[str, str]
+    args: argparse.Namespace, rows: Sequence[dict[str, Any]], failures: dict[str, str]
 ) -> str:
-    """The table; it and the numbers are written if a folder was given."""
-    rows = summarise(results)
+    """The table of what ``summarise`` gives; it and the rows are written if a folder was given."""
     text = f"{setting(args)}\n\n{table(rows, failures)}\n"
     if args.output:
         content = {"setting": setting(args), "arguments": vars(args) | {"output": str(args.output)}}
@@ -331,12 +330,12 @@ def main() -> None:
                     failures[name] = str(error).partition("\n")[0] or type(error).__name__
                     bar.update((index + 1) * rounds - bar.n)
                     status = 1
-                report(args, results, failures)
+                report(args, summarise(results), failures)
     except KeyboardInterrupt:
         print("interrupted: this is what was measured until then", file=sys.stderr)
         status = 130
-    print(report(args, results, failures), end="")
     rows = summarise(results)
+    print(report(args, rows, failures), end="")
     if args.output and rows:
         draw(rows, setting(args), args.output / FILES[2])
     sys.exit(status)
