@@ -267,11 +267,9 @@ def test_two_machines_train_like_one(tiny, tmp_path, of_two_processes):
 
 
 @pytest.mark.slow
-def test_machines_that_fail_are_restarted(tiny, tmp_path, of_two_processes):
-    """torchrun on two machines: their processes are killed, start again and go on.
-
-    Where but one is killed, the two at times do not find each other again: the cause is not known.
-    """
+def test_a_machine_that_fails_is_restarted(tiny, tmp_path, of_two_processes, monkeypatch):
+    """torchrun on two machines: one's process is killed, both start again and go on."""
+    monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")  # docs/training.md says why
     rendezvous = ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{free_port()}"]
     launcher = ["-m", "torch.distributed.run", "--nnodes", 2, "--nproc-per-node", 1]
     launcher += [*rendezvous, "--rdzv-id", "test", "--local-addr", "127.0.0.1"]
@@ -283,9 +281,8 @@ def test_machines_that_fail_are_restarted(tiny, tmp_path, of_two_processes):
     ]
     while not (tmp_path / "last_checkpoint").exists() and machines[0].poll() is None:
         time.sleep(0.01)
-    for machine in machines:
-        children = Path(f"/proc/{machine.pid}/task/{machine.pid}/children").read_text().split()
-        os.kill(int(children[0]), signal.SIGKILL)
+    children = Path(f"/proc/{machines[1].pid}/task/{machines[1].pid}/children").read_text().split()
+    os.kill(int(children[0]), signal.SIGKILL)
     assert [machine.wait(timeout=600) for machine in machines] == [0, 0], machines[0].stderr.read()
     starts = re.findall("Starting training from iteration ([0-9]+)", log_of(tmp_path))
     assert len(starts) >= 2 and int(starts[-1]) > 0
