@@ -67,6 +67,7 @@ setup(
     extras_require={
         "detr": ["scipy", "transformers>=5.23"],
         "lora": ["peft"],
+        "predict": ["supervision>=0.31"],
         "docs": ["mkdocs-material", "mkdocstrings[python]"],
         "track": ["mlflow-skinny", "wandb"],
         "test": ["playwright", "pytest", "pytest-xdist", "ruff", "scikit-image"],

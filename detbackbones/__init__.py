@@ -33,6 +33,7 @@ else:
         list_hf_hub_backbones,
     )
     from .config import add_backbone_config, get_config, list_configs, load_config
+    from .deploy import Predictor
     from .detr import TransformersDetector, TransformersSegmenter
     from .heads import DPTHead, LinearHead
 
@@ -43,6 +44,7 @@ __all__ = [
     "FeatureBackboneConfig",
     "LinearHead",
     "ModelSource",
+    "Predictor",
     "TimmBackbone",
     "TorchvisionBackbone",
     "TransformersDetector",

@@ -68,11 +68,20 @@ def read_yaml(file: Path, *, trust: bool = False) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{file} must be a config, a mapping of keys to values")
     if not trust:
-        _check_calls(file, content)
+        check_calls(file, content)
     return content
 
 
-def _check_calls(file: Path, content: dict[str, Any]) -> None:
+def check_calls(file: str | Path, content: dict[str, Any]) -> None:
+    """Refuse a config that calls what does not define detectors, data and optimizers.
+
+    Args:
+        file: that it was read from, for the message.
+        content: of the config, plain values.
+
+    Raises:
+        ValueError: if it does; names the key.
+    """
     for key, target in _targets(content, ""):
         if not _is_known(target):
             raise ValueError(

@@ -49,4 +49,4 @@ def work(command: str, cfg: DictConfig) -> None:
 def main(words: Sequence[str] | None = None) -> None:
     parser = new_parser("eval", __doc__)
     add_arguments(parser)
-    start("eval", parser.parse_intermixed_args(words), work)
+    start("eval", parser.parse_intermixed_args(words), work, trains=False)

@@ -36,14 +36,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("opts", nargs="*", metavar="key=value", help="overrides of the config")
 
 
-def read_config(args: argparse.Namespace) -> DictConfig:
-    """The config with its overrides, checked."""
+def read_config(args: argparse.Namespace, *, trains: bool) -> DictConfig:
+    """The config with its overrides, checked; of the training data only if it trains."""
     try:
         file = find_config(args.config_file)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"--config-file {error}") from None
     cfg = load_config(file, trust=args.trust)
-    return check_config(cfg, args.opts, name=f"--config-file {args.config_file}")
+    name = f"--config-file {args.config_file}"
+    return check_config(cfg, args.opts, name, trains=trains)
 
 
 def start(
@@ -51,6 +52,7 @@ def start(
     args: argparse.Namespace,
     work: Callable[..., None],
     during: Callable[[DictConfig], AbstractContextManager] = nullcontext,
+    trains: bool = True,
     **arguments: Any,
 ) -> None:
     """Check what can be checked at once, then do the work in as many processes as are asked for.
@@ -60,12 +62,13 @@ def start(
         args: with those of :func:`add_arguments`.
         work: what each process does with the command, the config and ``arguments``.
         during: a context of the first process alone, around the work of all.
+        trains: whether the training data must be there.
     """
     main = int(os.environ.get("RANK", 0)) == 0 and args.machine_rank == 0
     with ExitStack() as stack:
         try:
             processes = _processes_per_machine(args)
-            cfg = read_config(args)
+            cfg = read_config(args, trains=trains)
             if main:
                 stack.enter_context(during(cfg))
         except WRONG_INPUT as error:

@@ -15,6 +15,7 @@ from .program import fail
 COMMANDS = {
     "train": "train a detector from a config",
     "eval": "evaluate a trained detector",
+    "predict": "predict what is in images and videos",
     "list": "list backbones with their size, levels and weights",
     "layers": "find the modules of a model that can be levels",
     "probe": "compare frozen backbones by a head for semantic segmentation",

@@ -91,7 +91,7 @@ def main(words: Sequence[str] | None = None) -> None:
         start("train", args, find, tool=tools[given[0]])
         return
     if args.eval_only:
-        start("train", args, evaluation.work)
+        start("train", args, evaluation.work, trains=False)
         return
 
     def during(cfg: DictConfig) -> AbstractContextManager:

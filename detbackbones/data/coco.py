@@ -30,7 +30,7 @@ def register_coco(
     mask_format: str | None = None,
     *,
     classes: Sequence[str] | None = None,
-    like: str | None = None,
+    like: str | Sequence[str] | None = None,
 ) -> str:
     """Check a COCO detection dataset and register it with detectron2 under a name of its own.
 
@@ -47,8 +47,8 @@ def register_coco(
             or "bitmask", which takes RLE too. None if the model needs boxes alone.
         classes: names of the classes to take; all of the file, in the order of their ids, if not
             given.
-        like: a registered dataset whose classes these must be, such as that of the training. They
-            are matched by their names.
+        like: a registered dataset whose classes these must be, such as that of the training, or
+            their names. They are matched by their names.
 
     Returns:
         the dataset's name, for ``get_detection_dataset_dicts`` and ``COCOEvaluator``.
@@ -64,7 +64,7 @@ def register_coco(
     image_path = existing("image_root", image_root, os.path.isdir, "the folder of the images")
     name = dataset_name(json_path, image_path)
     stat = json_path.stat()
-    wanted = tuple(class_names(like)) if like else None
+    wanted = tuple(class_names(like) if isinstance(like, str) else like) if like else None
     chosen = tuple(classes) if classes else None
     version = (stat.st_mtime_ns, stat.st_size, mask_format, chosen, wanted)
     if is_registered(name, version):

@@ -1,5 +1,7 @@
 """Reading images: one rule for each kind of file, and none that changes pixels in silence."""
 
+import glob
+import os
 from pathlib import Path
 
 import cv2
@@ -10,6 +12,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torchvision.io import ImageReadMode, decode_jpeg, read_file
 
 from ..messages import first_line
+from .files import existing
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".npy")
 _DEEP = ("I", "F", "I;16")  # PIL's modes of more than 8 bits begin so
@@ -46,16 +49,31 @@ def read_image(file_name: str, channels: int = 3, max_value: float | None = None
         raise
     except Exception as error:  # decoders raise all kinds
         raise OSError(f"image '{file_name}' cannot be read: {first_line(error)}") from error
+    return as_image(pixels, f"image '{file_name}'", channels, max_value)
+
+
+def as_image(
+    pixels: np.ndarray, what: str, channels: int = 3, max_value: float | None = None
+) -> np.ndarray:
+    """An array as an image (height, width, channels) of values from 0 to 255.
+
+    Args:
+        pixels: (height, width), or (height, width, channels).
+        what: a message calls it.
+        channels: of the result; gray becomes three equal ones.
+        max_value: the value that becomes 255, of images of more than 8 bits.
+
+    Raises:
+        ImageError: if it has other channels, or values that do not fit.
+    """
     if pixels.ndim == 2:
         pixels = pixels[:, :, None]
     if pixels.ndim == 3 and pixels.shape[2] == 1:
         pixels = np.repeat(pixels, channels, axis=2) if channels == 3 else pixels
     if pixels.ndim != 3 or pixels.shape[2] != channels or 0 in pixels.shape:
-        raise ImageError(
-            f"image '{file_name}': shape={pixels.shape} must be (height, width, {channels})"
-        )
+        raise ImageError(f"{what}: shape={pixels.shape} must be (height, width, {channels})")
     if pixels.dtype != np.uint8:
-        return _scaled(pixels, file_name, max_value)
+        return _scaled(pixels, what, max_value)
     dtype = np.uint8 if channels in (1, 3) else np.float32
     return pixels.astype(dtype, copy=not pixels.flags.writeable)
 
@@ -68,6 +86,30 @@ def shown_channels(image: np.ndarray) -> np.ndarray:
     """
     shown = image[:, :, :3] if image.shape[2] >= 3 else image[:, :, [0, 0, 0]]
     return np.ascontiguousarray(shown, dtype=np.uint8)
+
+
+def list_images(root: str, parameter: str) -> list[Path]:
+    """The images of a folder or a pattern, sorted by name.
+
+    Args:
+        root: a folder, or a pattern such as ``images/train_*.jpg``.
+        parameter: name of the argument that has it.
+
+    Raises:
+        FileNotFoundError: if there are none.
+        ValueError: if it is empty, or a file.
+    """
+    if glob.has_magic(root) and not os.path.isdir(root):
+        files = glob.glob(os.path.abspath(root))
+    else:
+        what = "the folder of the images or a pattern of them"
+        files = existing(parameter, root, os.path.isdir, what).iterdir()
+    images = sorted(Path(f) for f in files if Path(f).suffix.lower() in SUFFIXES)
+    if not images:
+        raise FileNotFoundError(
+            f"{parameter}={root!r} must have images with a suffix of " + ", ".join(SUFFIXES)
+        )
+    return images
 
 
 def image_size(file_name: str) -> tuple[int, int]:
@@ -190,18 +232,18 @@ def _read_tiff(file_name: str, channels: int | None = None) -> np.ndarray:
     return pixels
 
 
-def _scaled(pixels: np.ndarray, file_name: str, max_value: float | None) -> np.ndarray:
+def _scaled(pixels: np.ndarray, what: str, max_value: float | None) -> np.ndarray:
     if pixels.dtype.kind not in "uif":
-        raise ImageError(f"image '{file_name}': its values are {pixels.dtype}, and must be numbers")
+        raise ImageError(f"{what}: its values are {pixels.dtype}, and must be numbers")
     if max_value is None:
         raise ImageError(
-            f"image '{file_name}': its values are {pixels.dtype}, from {pixels.min()} to "
+            f"{what}: its values are {pixels.dtype}, from {pixels.min()} to "
             f"{pixels.max()}: set dataset.max_value to the value that is to become 255, such as "
             "65535, or 4095 of a camera of 12 bits"
         )
     if not (pixels.min() >= 0 and pixels.max() <= max_value):  # NaN is neither
         raise ImageError(
-            f"image '{file_name}': its values, from {pixels.min()} to {pixels.max()}, must be from "
+            f"{what}: its values, from {pixels.min()} to {pixels.max()}, must be from "
             f"0 to dataset.max_value={max_value}"
         )
     return (pixels * (255 / max_value)).astype(np.float32)

@@ -1,6 +1,5 @@
 """A user's own label maps as a detectron2 dataset, and the evaluators that read label maps."""
 
-import glob
 import logging
 import os
 from collections.abc import Sequence
@@ -12,7 +11,7 @@ from PIL import Image
 
 from ..messages import few, first_line
 from .files import existing
-from .images import SUFFIXES, image_size, read_label_map
+from .images import image_size, list_images, read_label_map
 from .registry import dataset_name, is_registered, register
 
 IGNORE_LABEL = 255  # of the pixels of a label map that are in no class, as in detectron2
@@ -56,7 +55,7 @@ def register_semantic(
             f"class_names={names} must have num_classes={num_classes} names, not {len(names)}"
         )
     label_path = existing("label_root", label_root, os.path.isdir, "the folder of the label maps")
-    pairs = [(i, label_path / f"{i.stem}.png") for i in _list_images(image_root)]
+    pairs = [(i, label_path / f"{i.stem}.png") for i in list_images(image_root, "image_root")]
     missing = [label.name for _, label in pairs if not label.is_file()]
     if missing:
         raise FileNotFoundError(
@@ -99,21 +98,6 @@ def sem_seg_evaluator(dataset_name: str) -> SemSegEvaluator:
         an evaluator for ``dataloader.evaluator``.
     """
     return SemSegEvaluator(dataset_name, sem_seg_loading_fn=read_label_map)
-
-
-def _list_images(image_root: str) -> list[Path]:
-    """The images of a folder or a pattern, sorted by name."""
-    if glob.has_magic(image_root) and not os.path.isdir(image_root):
-        files = glob.glob(os.path.abspath(image_root))
-    else:
-        what = "the folder of the images or a pattern of them"
-        files = existing("image_root", image_root, os.path.isdir, what).iterdir()
-    images = sorted(Path(f) for f in files if Path(f).suffix.lower() in SUFFIXES)
-    if not images:
-        raise FileNotFoundError(
-            f"image_root={image_root!r} must have images with a suffix of " + ", ".join(SUFFIXES)
-        )
-    return images
 
 
 def _check_classes(label_root: str, names: Sequence[str], values: set[int]) -> None:

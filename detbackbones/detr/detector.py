@@ -40,7 +40,7 @@ class TransformersDetector(NormalizesImages):
         num_queries: int | None = None,
         in_features: Sequence[str] | None = None,
         config_kwargs: Mapping[str, Any] | None = None,
-        pretrained_detector: str = "",
+        pretrained_detector: str | Mapping[str, Any] = "",
         masks: bool = False,
         grad_checkpointing: bool = False,
         pixel_mean: Sequence[float] | None = None,
@@ -62,7 +62,8 @@ class TransformersDetector(NormalizesImages):
             config_kwargs: attributes of the configuration that transformers has for the
                 architecture: ``{"decoder_layers": 3}``.
             pretrained_detector: a name on the Hugging Face hub or a folder: start from this
-                detector's configuration, and from those of its weights that fit.
+                detector's configuration, and from those of its weights that fit; or that
+                configuration alone.
             masks: learn and give masks, too; of "rf_detr" alone.
             grad_checkpointing: compute what is in the encoder's and decoder's layers again in the
                 backward pass instead of keeping it; not of RT-DETR and its kin. The backbone has
@@ -105,7 +106,7 @@ class TransformersDetector(NormalizesImages):
         self.detr = build_model(config, backbone, names, masks=masks)
         if grad_checkpointing:
             checkpoint_layers(self.detr)
-        if pretrained_detector:
+        if isinstance(pretrained_detector, str) and pretrained_detector:
             logger.info(load_pretrained(self.detr, backbone, pretrained_detector))
 
     @classmethod

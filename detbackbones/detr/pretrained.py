@@ -5,7 +5,7 @@ import math
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from detectron2.modeling import Backbone
@@ -13,6 +13,7 @@ from torch import nn
 
 from ..backbones.feature_backbone import FeatureBackbone
 from ..backbones.timm_backbone import TimmBackbone
+from ..config import plain_dict
 from ..messages import first_line, nearest
 from ..weights import fitting, unloaded
 from ..weights.downloads import downloading_from_hub
@@ -55,11 +56,11 @@ def _reading(name: str) -> Iterator[None]:
             yield
 
 
-def read_config(name: str) -> "PreTrainedConfig":
+def read_config(name: str | Mapping[str, Any]) -> "PreTrainedConfig":
     """The configuration of a detector of transformers.
 
     Args:
-        name: on the hub, or a folder.
+        name: on the hub, or a folder; or what is in its ``config.json``.
 
     Raises:
         ConnectionError: if it cannot be downloaded.
@@ -69,8 +70,11 @@ def read_config(name: str) -> "PreTrainedConfig":
     transformers = import_transformers()
     from . import dino  # noqa: F401  which transformers knows from then on
 
-    with _reading(name):
-        config = transformers.AutoConfig.from_pretrained(name)
+    if isinstance(name, str):
+        with _reading(name):
+            config = transformers.AutoConfig.from_pretrained(name)
+    else:
+        config = transformers.AutoConfig.for_model(**plain_dict(name))
     if config.model_type not in ARCHITECTURES:
         raise ValueError(
             f"pretrained_detector={name!r} must be of a known architecture, and it is of "

@@ -3,6 +3,7 @@
 import logging
 import math
 from pathlib import Path
+from typing import Any
 
 from detectron2.engine import HookBase
 from detectron2.evaluation.testing import flatten_results_dict
@@ -11,6 +12,7 @@ from torch import nn
 
 from ..messages import few
 from ..weights import read_checkpoint, write_checkpoint
+from .record import of_record
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +41,12 @@ class BestModel(HookBase):
     """
 
     def __init__(
-        self, model: nn.Module, folder: str, metric: str | None = None, patience: int | None = None
+        self,
+        model: nn.Module,
+        folder: str,
+        metric: str | None = None,
+        patience: int | None = None,
+        record: dict[str, Any] | None = None,
     ):
         """
         Args:
@@ -49,9 +56,10 @@ class BestModel(HookBase):
                 the evaluator gives. An evaluation without it is passed over with a warning.
             patience: iterations after the best one in which a better one must come, or the
                 training ends; None is for ever.
+            record: of the detector, for the file.
         """
         self._model, self._file = model, Path(folder, NAME)
-        self._metric, self._patience = metric, patience
+        self._metric, self._patience, self._record = metric, patience, record
         self._value, self._iteration = -math.inf, -1
 
     def read(self, start: int) -> None:
@@ -111,6 +119,7 @@ class BestModel(HookBase):
                 self._file,
             )
             content = {"metric": self._metric, "value": value, "iteration": iteration}
+            content |= of_record(self._record)
             write_checkpoint({"model": self._model.state_dict(), **content}, str(self._file))
         self._value, self._iteration = value, iteration
 

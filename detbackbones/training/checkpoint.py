@@ -27,6 +27,7 @@ from ..weights import (
     write_checkpoint,
 )
 from .agreement import refuse_missing
+from .record import of_record
 from .sharding import is_sharded, whole
 
 logger = logging.getLogger(__name__)
@@ -180,7 +181,13 @@ def _outside(
 
 
 class Checkpointer(DetectionCheckpointer):
-    """detectron2's checkpointer, safe to kill while it saves, and reading without pickle."""
+    """detectron2's checkpointer, safe to kill while it saves, and reading without pickle.
+
+    Attributes:
+        record: what it writes of the detector, see :func:`~.record.make_record`.
+    """
+
+    record: dict[str, Any] | None = None
 
     def save(self, name: str, **kwargs: Any) -> None:
         """Write ``{name}.pth`` under a temporary name, rename it, then tag it as the last one.
@@ -192,7 +199,7 @@ class Checkpointer(DetectionCheckpointer):
         saves = self.save_dir and self.save_to_disk
         if not saves and not is_sharded(self.model):
             return
-        data = {"model": self.model.state_dict(), **kwargs}
+        data = {"model": self.model.state_dict(), **of_record(self.record), **kwargs}
         for key, obj in self.checkpointables.items():
             data[key] = obj.state_dict()
         if is_sharded(self.model):

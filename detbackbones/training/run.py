@@ -38,6 +38,7 @@ from .metrics import (
 from .output import reserved
 from .overrides import apply_overrides
 from .progress import ProgressPrinter
+from .record import fill_config, make_record, read_record
 from .settings import check_settings
 from .trackers import TRACKERS, build_trackers
 from .trainer import AMP_DTYPES, Trainer
@@ -80,6 +81,7 @@ def evaluate(cfg: DictConfig) -> Results:
     The metrics and the checkpoint's name are written to ``evaluation.json`` in that folder, and
     what is predicted and what is wrong is drawn in ``evaluation_predictions.png``,
     ``evaluation_errors.png`` and ``evaluation_hardest.png``; an earlier evaluation's are replaced.
+    Of the training data nothing is needed, and classes of the test data are matched by their names.
 
     Args:
         cfg: as of :func:`train`.
@@ -91,17 +93,19 @@ def evaluate(cfg: DictConfig) -> Results:
         FileNotFoundError: if there is no checkpoint.
         ValueError, OSError, ImportError: if a setting, a file or the data is wrong.
     """
-    cfg = check_config(cfg)
+    cfg = check_config(cfg, trains=False)
     folder, init = cfg.train.output_dir, cfg.train.init_checkpoint
     os.makedirs(folder, exist_ok=True)
     with logging_to(folder):
-        model = build_model(cfg, loads_all=True)
         file = init or last_checkpoint(folder)
         if not file:
             raise FileNotFoundError(
                 f"there is nothing to evaluate: train.output_dir={folder} holds no checkpoint, and "
                 "train.init_checkpoint is empty"
             )
+        if record := read_record(file, trust=True):  # of which nothing is called
+            fill_config(cfg, record)
+        model = build_model(cfg, loads_all=True)
         load_trained(cfg, model, file)
         results, evaluator = evaluate_model(cfg, model)
         if comm.is_main_process():
@@ -113,7 +117,11 @@ def evaluate(cfg: DictConfig) -> Results:
 
 
 def check_config(
-    cfg: DictConfig, overrides: Sequence[str] = (), name: str = "the config"
+    cfg: DictConfig,
+    overrides: Sequence[str] = (),
+    name: str = "the config",
+    *,
+    trains: bool = True,
 ) -> DictConfig:
     """A copy of a config with its overrides, its settings checked and the device chosen.
 
@@ -121,6 +129,7 @@ def check_config(
         cfg: may lack settings that only this package has.
         overrides: ``key=value`` words, see :func:`apply_overrides`.
         name: what an error calls it.
+        trains: whether the training data must be there.
 
     Raises:
         ValueError: if something is missing or wrong.
@@ -130,7 +139,7 @@ def check_config(
             raise ValueError(f"{name} has no {key!r}")
     cfg = copy.deepcopy(cfg)
     cfg.train = OmegaConf.merge(get_config("common/train.py").train, cfg.get("train", {}))
-    check_settings(apply_overrides(cfg, list(overrides)))
+    check_settings(apply_overrides(cfg, list(overrides)), trains=trains)
     settings = cfg.train
     one_of("train.amp.dtype", settings.amp.dtype, AMP_DTYPES)
     for tracker in settings.trackers:
@@ -195,7 +204,8 @@ def prepare(cfg: DictConfig, *, resume: bool = False) -> Run:
         logger.warning(odd)
     settings = cfg.train
     patience = settings.patience and settings.patience * settings.eval_period
-    best = BestModel(trainer.evaluated_model, folder, settings.best_metric, patience)
+    record = checkpointer.record = make_record(cfg, trainer.bare_model)
+    best = BestModel(trainer.evaluated_model, folder, settings.best_metric, patience, record)
     best.read(start)
     trackers = build_trackers(cfg, resume=start > 0) if main else []
     if main:

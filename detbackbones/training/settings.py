@@ -180,11 +180,12 @@ PATHS = {  # of data in COCO's format
 _ABSENT = object()
 
 
-def check_settings(cfg: DictConfig) -> None:
+def check_settings(cfg: DictConfig, *, trains: bool = True) -> None:
     """Refuse settings that are of another type or out of range, and files that are not there.
 
     Args:
         cfg: the config, with its overrides; it may lack settings.
+        trains: whether the training data must be there.
 
     Raises:
         ValueError: if a setting is wrong.
@@ -203,6 +204,8 @@ def check_settings(cfg: DictConfig) -> None:
             raise ValueError(f"{key}={value!r} must {rule.must}")
     if "train_json" in (cfg.get("dataset") or {}):
         for key, (exists, what) in PATHS.items():
+            if key.startswith("dataset.train") and not trains:
+                continue
             path = _setting(cfg, key)
             if not isinstance(path, str):
                 raise ValueError(f"{key} is missing: it must be {what}")

@@ -1,0 +1,5 @@
+"""Trained detectors at work."""
+
+from .predictor import Predictor
+
+__all__ = ["Predictor"]

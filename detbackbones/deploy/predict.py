@@ -1,0 +1,152 @@
+"""Predicting many images and videos, and writing what is found."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, closing
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tqdm import tqdm
+
+from ..data.images import ImageError
+from ..messages import one_of, whole_number
+from .predictor import Predictor
+from .results import CocoFile, CsvFile, Film, Item, Maps, Pictures, Result, YoloFiles
+from .sources import Source, read_frames
+
+if TYPE_CHECKING:
+    from supervision import Detections
+
+OBJECTS, MAPS = ("pictures", "coco", "csv", "yolo"), ("pictures", "maps")
+FOLDERS = {"pictures": Pictures, "yolo": YoloFiles, "maps": Maps}
+
+
+def predict_files(
+    predictor: Predictor,
+    sources: Sequence[Source],
+    output: str | Path,
+    *,
+    save: Sequence[str] = ("pictures",),
+    batch_size: int = 1,
+    tile: int | None = None,
+    overlap: float = 0.2,
+    every: int = 1,
+) -> list[str]:
+    """Predict what is in images and videos, and write it to a folder.
+
+    Args:
+        predictor: of a trained detector or segmenter.
+        sources: see :func:`detbackbones.deploy.sources.list_sources`.
+        output: the folder, which must be new or empty.
+        save: "pictures"; of a detector "coco", which is coco.json, "csv", boxes.csv, and "yolo",
+            a text file for each image; of a segmenter "maps", a label map for each. A video
+            becomes a video, and each of its frames an image of the others.
+        batch_size: images that go through the model at once.
+        tile: of a detector, length of the side of the tiles that an image is cut into, in pixels;
+            None is for whole images.
+        overlap: of neighbouring tiles, a fraction of the side.
+        every: of a video take each so many-th frame.
+
+    Returns:
+        a sentence for each image or video that could not be read or taken; the rest is written.
+
+    Raises:
+        ValueError: if an argument is wrong.
+        FileExistsError: if the folder holds something.
+        ImportError: if supervision is not installed.
+    """
+    for kind in save:
+        one_of("save", kind, OBJECTS if predictor.gives_objects else MAPS)
+    whole_number("batch_size", batch_size)
+    whole_number("every", every)
+    if tile is not None and not predictor.gives_objects:
+        raise ValueError(f"tile={tile} must be left out for a model that gives label maps")
+    output = Path(output)
+    if output.exists() and (output.is_file() or any(output.iterdir())):
+        raise FileExistsError(f"output={str(output)!r} must be a new or an empty folder")
+    images = [source for source in sources if not source.is_video]
+    videos = [source for source in sources if source.is_video]
+    faults: list[str] = []
+    with ExitStack() as stack:
+        results = _open(predictor, output, save, stack)
+        bar = stack.enter_context(tqdm(total=None if videos else len(images), unit="image"))
+
+        def write(items: list[Item], results: Sequence[Result]) -> None:
+            for item, found in _find(predictor, items, tile, overlap, faults):
+                for result in results:
+                    result.add(item, found)
+            bar.update(len(items))
+
+        for batch in _batches(images, batch_size):
+            write([*_read(predictor, batch, faults)], results)
+        tables = [result for result in results if not isinstance(result, Pictures)]
+        for video in videos:
+            try:
+                file = output / f"{video.name}.mp4"
+                with closing(Film(file, video.file, every)) as film:
+                    for batch in _batches(_frames(video, every), batch_size):
+                        write(batch, [*tables, film] if "pictures" in save else tables)
+            except OSError as error:
+                faults.append(str(error))
+    return faults
+
+
+def _open(
+    predictor: Predictor, output: Path, save: Sequence[str], stack: ExitStack
+) -> list[Result]:
+    results: list[Result] = []
+    output.mkdir(parents=True, exist_ok=True)
+    for kind in dict.fromkeys(save):
+        if kind == "coco":
+            result = CocoFile(output / "coco.json", predictor.classes, predictor.categories)
+        elif kind == "csv":
+            result = CsvFile(output / "boxes.csv")
+        else:
+            folder = output / kind
+            folder.mkdir()
+            result = FOLDERS[kind](folder)
+        results.append(stack.enter_context(closing(result)))
+    return results
+
+
+def _batches(items: Iterable, size: int) -> Iterator[list]:
+    items = iter(items)
+    while batch := [*islice(items, size)]:
+        yield batch
+
+
+def _read(predictor: Predictor, sources: Sequence[Source], faults: list[str]) -> Iterator[Item]:
+    for source in sources:
+        try:
+            yield Item(source.name, source.file.name, predictor.read(source.file))
+        except (OSError, ImageError) as error:
+            faults.append(str(error))
+
+
+def _frames(video: Source, every: int) -> Iterator[Item]:
+    for number, pixels in read_frames(video.file, every):
+        name = f"{video.name}_{number:06d}"
+        yield Item(name, name, pixels)
+
+
+def _find(
+    predictor: Predictor,
+    items: Sequence[Item],
+    tile: int | None,
+    overlap: float,
+    faults: list[str],
+) -> Iterator[tuple[Item, "Detections"]]:
+    """The objects in each image; one that the model cannot take is left out."""
+    try:
+        if tile is None:
+            found = [predictor.detections(x) for x in predictor([item.pixels for item in items])]
+        else:
+            found = [predictor.tiled(item.pixels, tile, overlap) for item in items]
+    except ImageError as error:
+        if len(items) == 1:
+            faults.append(f"{items[0].file_name}: {error}")
+            return
+        for item in items:
+            yield from _find(predictor, [item], tile, overlap, faults)
+        return
+    yield from zip(items, found)

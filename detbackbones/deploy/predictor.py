@@ -1,0 +1,277 @@
+"""Predictor: a trained detector or segmenter that takes images as people have them."""
+
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from detectron2.config import instantiate
+from detectron2.structures import Instances
+from omegaconf import DictConfig, OmegaConf
+from PIL import Image, ImageOps
+from torch import nn
+from torchvision.ops import batched_nms
+
+from ..config import load_config
+from ..data.images import as_image, read_image
+from ..data.mapper import CheckedDatasetMapper
+from ..data.transforms import QuickAugInput
+from ..messages import first_line, fraction, one_of
+from ..training.best import NAME as BEST
+from ..training.checkpoint import last_whole, load_init_checkpoint
+from ..training.record import make_record, read_record
+from ..training.run import check_config
+from .extras import import_supervision
+
+if TYPE_CHECKING:
+    from supervision import Detections
+
+ImageLike = str | Path | np.ndarray | Image.Image | torch.Tensor
+
+logger = logging.getLogger(__name__)
+
+
+class Predictor:
+    """A trained detector or segmenter.
+
+    All that it needs is in the checkpoint: the detector's config, the names of its classes, the
+    size that images get. The data of its training need not be there.
+
+    Example::
+
+        predictor = Predictor("output/mine")
+        instances = predictor("cells.jpg")["instances"]  # detectron2's, of the image's own size
+        detections = predictor.detections("cells.jpg")  # supervision's
+
+    Attributes:
+        model: the detector.
+        classes: the names of its classes, in order.
+        categories: the ids that the classes have in the JSON file of the training.
+        gives_objects: whether it gives objects, or else label maps.
+        checkpoint: the file that the weights are of.
+    """
+
+    def __init__(
+        self,
+        run: str | Path,
+        *,
+        config: str | Path | DictConfig | None = None,
+        device: str = "auto",
+        score_threshold: float = 0.5,
+        nms_threshold: float | None = None,
+        trust: bool = False,
+    ):
+        """
+        Args:
+            run: the folder of a training, of which ``model_best.pth`` is taken, or else the last
+                checkpoint; or a checkpoint.
+            config: the detector's config, for a checkpoint that holds none; by default the
+                ``config.yaml`` beside it. The data that it names must be there.
+            device: "cpu", "cuda", or "auto" for a GPU if there is one.
+            score_threshold: objects with a lower score are left out.
+            nms_threshold: of objects of one class whose boxes overlap by more than this IoU the
+                best is kept; None is for what the detector itself does.
+            trust: let a config call code of other packages.
+
+        Raises:
+            FileNotFoundError: if there is no such checkpoint.
+            ValueError: if an argument is wrong, the checkpoint is damaged, must be trusted, or
+                does not fit its config.
+        """
+        fraction("score_threshold", score_threshold)
+        if nms_threshold is not None:
+            fraction("nms_threshold", nms_threshold)
+        gpu = torch.cuda.is_available()
+        one_of("device", device, ("auto", "cpu", "cuda") if gpu else ("auto", "cpu"))
+        self.score_threshold, self.nms_threshold = score_threshold, nms_threshold
+        self.checkpoint = _checkpoint(run)
+        record = read_record(self.checkpoint, trust=trust) if config is None else None
+        if record is None:
+            config = Path(self.checkpoint).with_name("config.yaml") if config is None else config
+            record = _record_of(config, trust)
+        self.classes: list[str] = record["thing_classes"] or record["stuff_classes"]
+        self.gives_objects = bool(record["thing_classes"])
+        self.categories: list[int] = record["categories"] or [*range(len(self.classes))]
+        self.model = self._build(record)
+        self.model.to(("cuda" if gpu else "cpu") if device == "auto" else device)
+        self._mapper = instantiate(OmegaConf.create(record["mapper"]))
+        if not isinstance(self._mapper, CheckedDatasetMapper):
+            raise ValueError(
+                "dataloader.test.mapper of the run must be a CheckedDatasetMapper, and is a "
+                f"{type(self._mapper).__name__}"
+            )
+
+    def _build(self, record: dict[str, Any]) -> nn.Module:
+        try:
+            model = instantiate(OmegaConf.create(record["model"]))
+        except Exception as error:  # another version of a package may fail in any way
+            raise ValueError(
+                f"the detector of {self.checkpoint!r} cannot be built: {first_line(error)}; it was "
+                f"made with {', '.join(f'{k} {v}' for k, v in record['versions'].items())}"
+            ) from error
+        load_init_checkpoint(model, self.checkpoint, whole=True)
+        return model.eval()
+
+    def __call__(self, images: ImageLike | Sequence[ImageLike]) -> Any:
+        """Predict what is in an image, or in several at once.
+
+        Args:
+            images: each a file's path; a PIL image; an RGB array (H, W, 3) or gray one (H, W) of 0
+                to 255; or a tensor (3, H, W) of 0 to 255. A sequence goes through the model as one
+                batch.
+
+        Returns:
+            for each image, at its own size, a dict with what the detector gives, on the CPU:
+            ``instances``, detectron2's ``Instances``; ``sem_seg``, scores (classes, H, W);
+            ``panoptic_seg``, segments (H, W) and a list of what they are.
+
+        Raises:
+            OSError: if a file cannot be read.
+            ValueError: if an image has other channels or values, or a size that the model cannot
+                take.
+        """
+        if not isinstance(images, list | tuple):
+            return self([images])[0]
+        inputs = [self._input(self.read(image)) for image in images]
+        with torch.no_grad():
+            outputs = self.model(inputs) if inputs else []
+        return [{key: self._kept(value) for key, value in output.items()} for output in outputs]
+
+    def detections(self, image: ImageLike | dict[str, Any]) -> "Detections":
+        """The objects in an image as supervision has them, with ``class_name`` in their data.
+
+        Of label maps each class in the image is one, with its mask and a score of 1.
+
+        Args:
+            image: as for a call, or what a call gave.
+
+        Raises:
+            ImportError: if supervision is not installed.
+            OSError, ValueError: as of a call.
+        """
+        supervision = import_supervision()
+        prediction = image if isinstance(image, dict) else self(image)
+        if "instances" in prediction:
+            found = supervision.Detections.from_detectron2(prediction)
+        else:
+            labels = prediction["sem_seg"].argmax(0).numpy()
+            classes = np.unique(labels)
+            masks = labels[None] == classes[:, None, None]
+            found = supervision.Detections(
+                supervision.mask_to_xyxy(masks),
+                masks,
+                class_id=classes,
+                confidence=np.ones(len(classes)),
+            )
+        found.data["class_name"] = np.array(self.classes, dtype=str)[found.class_id]
+        return found
+
+    def tiled(self, image: ImageLike, tile: int, overlap: float = 0.2) -> "Detections":
+        """The objects in a large image, found tile by tile.
+
+        What is found twice where tiles overlap becomes one object: what is cut at a border lies
+        with more than half of its area in what is whole (the rule of SAHI, arXiv 2202.06934).
+
+        Args:
+            image: as for a call.
+            tile: length of a tile's side in pixels.
+            overlap: of neighbouring tiles, a fraction of the side.
+
+        Raises:
+            ImportError: if supervision is not installed.
+            ValueError: as of a call, or if an argument is out of range.
+        """
+        if tile < 1 or not 0 <= overlap < 1:
+            raise ValueError(
+                f"tile={tile} and overlap={overlap} must be pixels, and a fraction below 1"
+            )
+        slicer = import_supervision().InferenceSlicer(
+            self.detections,
+            slice_wh=tile,
+            overlap_wh=int(tile * overlap),
+            overlap_filter="non_max_merge",
+            overlap_metric="IOS",
+            compact_masks=True,
+        )
+        return slicer(self.read(image))
+
+    def read(self, image: ImageLike) -> np.ndarray:
+        """An image as an RGB array (H, W, C) of 0 to 255.
+
+        Args:
+            image: as for a call.
+
+        Raises:
+            OSError, ValueError: as of a call.
+        """
+        channels, max_value = self._mapper.channels, self._mapper.max_value
+        if isinstance(image, str | Path):
+            if "://" in str(image):
+                raise ValueError(f"image={image!r} must be a file: download it first")
+            if not os.path.isfile(image):
+                raise FileNotFoundError(f"image={str(image)!r} must be a file, and there is none")
+            return read_image(str(image), channels, max_value)
+        if isinstance(image, Image.Image):
+            image = np.asarray(
+                ImageOps.exif_transpose(image).convert("L" if channels == 1 else "RGB")
+            )
+        elif isinstance(image, torch.Tensor):
+            image = image.detach().cpu().numpy()
+            image = np.moveaxis(image, 0, -1) if image.ndim == 3 else image
+        elif not isinstance(image, np.ndarray):
+            raise ValueError(
+                f"image of {type(image).__name__} must be a path, a PIL image, an array or a tensor"
+            )
+        return as_image(image, "image", channels, max_value)
+
+    def _input(self, image: np.ndarray) -> dict[str, Any]:
+        """What the model takes, as the mapper makes it of a file."""
+        if image.shape[2] == 3 and self._mapper.image_format == "BGR":
+            image = image[:, :, ::-1]
+        inputs = QuickAugInput(np.ascontiguousarray(image))
+        self._mapper.augmentations(inputs)
+        height, width = image.shape[:2]
+        pixels = torch.as_tensor(np.ascontiguousarray(inputs.image)).permute(2, 0, 1)
+        return {"image": pixels, "height": height, "width": width}
+
+    def _kept(self, value: Any) -> Any:
+        if isinstance(value, tuple):  # of segments, and what they are
+            return tuple(self._kept(item) for item in value)
+        if isinstance(value, torch.Tensor):
+            return value.cpu()
+        if not isinstance(value, Instances):
+            return value
+        value = value.to("cpu")
+        value = value[value.scores >= self.score_threshold]
+        if self.nms_threshold is None:
+            return value
+        boxes, classes = value.pred_boxes.tensor, value.pred_classes
+        return value[batched_nms(boxes, value.scores, classes, self.nms_threshold)]
+
+
+def _checkpoint(run: str | Path) -> str:
+    path = Path(run)
+    if not path.is_dir():
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"run={str(run)!r} must be the folder of a training or a checkpoint, and there is "
+                "none"
+            )
+        return str(path)
+    best = path / BEST
+    file = str(best) if best.is_file() else last_whole(str(path))
+    if not file:
+        raise FileNotFoundError(f"run={str(run)!r} must hold a checkpoint, such as {BEST}")
+    return file
+
+
+def _record_of(config: str | Path | DictConfig, trust: bool) -> dict[str, Any]:
+    """The record of a detector whose checkpoint holds none: its data must be there."""
+    cfg = config if isinstance(config, DictConfig) else load_config(config, trust=trust)
+    record = make_record(check_config(cfg))
+    if record is None:
+        raise ValueError("config must have plain values alone")
+    return record
