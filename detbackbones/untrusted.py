@@ -27,7 +27,7 @@ MODULES = (
 EXCEPT = ("timm.models._", "timm.data.readers", "torch.nn.parallel")
 
 
-_ADVICE = "read the file, and give --trust if you trust it"
+_ADVICE = "give --trust if you trust the file"
 
 
 class _Loader(yaml.SafeLoader):
@@ -108,11 +108,14 @@ def _targets(node: Any, path: str) -> Iterator[tuple[str, Any]]:
 
 
 def _resolvers(node: Any, path: str) -> Iterator[tuple[str, str]]:
-    """The texts in a config that call a resolver, such as ``${oc.env:HOME}``, with their keys."""
+    """The texts in a config that call a resolver, such as ``${oc.env:HOME}``, with their keys.
+
+    The name of a resolver may itself be an interpolation.
+    """
     pairs = node.items() if isinstance(node, dict) else enumerate(node)
     for key, value in pairs:
         for text in (key, value):
-            if isinstance(text, str) and re.search(r"\$\{\s*[^{}\s]*:", text):
+            if isinstance(text, str) and re.search(r"\$\{(\s*[^{}\s]*:|[^}]*\$\{)", text):
                 yield f"{path}{key}", text
         if isinstance(value, dict | list | tuple):
             yield from _resolvers(value, f"{path}{key}.")

@@ -21,7 +21,7 @@ from .registry import class_names, dataset_name, is_registered, register
 logger = logging.getLogger(__name__)
 
 LARGE = 10e6  # bytes of a file of which it is remembered that it was right
-MEMORY = "annotations"
+MEMORY = "coco_files"
 
 
 def register_coco(
@@ -87,6 +87,7 @@ def register_coco(
         evaluator_type="coco",
         thing_classes=checked["names"],
         thing_dataset_id_to_contiguous_id={k: i for i, k in enumerate(checked["ids"])},
+        category_ids=checked["category_ids"],  # of the user's own file; -1 is for one not in it
     )
     return name
 
@@ -123,6 +124,7 @@ def _check(
     names = list(wanted or chosen or [coco.categories[i]["name"] for i in sorted(coco.categories)])
     if wanted:
         _check_classes(coco, wanted)
+    ids = {category["name"]: key for key, category in coco.categories.items()}
     coco.number_classes(names)
     if not coco.annotations:
         raise ValueError(f"'{json_path}': annotations must have one of the classes {names}")
@@ -132,7 +134,11 @@ def _check(
         odd.append(f"{coco.num_clipped} boxes stick out of their images: clipped")
     if coco.num_flat:
         odd.append(f"{coco.num_flat} boxes have no width or height: they are not learned")
-    return {"file": str(file), "names": names, "ids": sorted(coco.categories), "odd": odd}
+    own = [ids.get(name, -1) for name in names]
+    return {
+        **{"file": str(file), "names": names, "odd": odd},
+        **{"ids": sorted(coco.categories), "category_ids": own},
+    }
 
 
 def _check_files(names: Mapping[Any, str], image_root: Path, json_path: Path) -> None:

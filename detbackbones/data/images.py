@@ -2,6 +2,7 @@
 
 import glob
 import os
+from collections.abc import Collection
 from pathlib import Path
 
 import cv2
@@ -15,7 +16,7 @@ from ..messages import first_line
 from .files import existing
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".npy")
-_DEEP = ("I", "F", "I;16")  # PIL's modes of more than 8 bits begin so
+DEEP = ("I", "F", "I;16")  # PIL's modes of more than 8 bits begin so
 
 
 class ImageError(ValueError):
@@ -88,12 +89,13 @@ def shown_channels(image: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(shown, dtype=np.uint8)
 
 
-def list_images(root: str, parameter: str) -> list[Path]:
+def list_images(root: str, parameter: str, suffixes: Collection[str] = SUFFIXES) -> list[Path]:
     """The images of a folder or a pattern, sorted by name.
 
     Args:
         root: a folder, or a pattern such as ``images/train_*.jpg``.
         parameter: name of the argument that has it.
+        suffixes: of the files that are meant.
 
     Raises:
         FileNotFoundError: if there are none.
@@ -104,10 +106,10 @@ def list_images(root: str, parameter: str) -> list[Path]:
     else:
         what = "the folder of the images or a pattern of them"
         files = existing(parameter, root, os.path.isdir, what).iterdir()
-    images = sorted(Path(f) for f in files if Path(f).suffix.lower() in SUFFIXES)
+    images = sorted(Path(f) for f in files if Path(f).suffix.lower() in suffixes)
     if not images:
         raise FileNotFoundError(
-            f"{parameter}={root!r} must have images with a suffix of " + ", ".join(SUFFIXES)
+            f"{parameter}={root!r} must have images with a suffix of " + ", ".join(suffixes)
         )
     return images
 
@@ -181,7 +183,7 @@ def _read(file_name: str, channels: int) -> np.ndarray:
             if pixels is not None:
                 return pixels
         image = ImageOps.exif_transpose(image)
-        if not image.mode.startswith(_DEEP):
+        if not image.mode.startswith(DEEP):
             if channels in (1, 3):
                 image = image.convert("RGB" if channels == 3 else "L")
         return np.asarray(image)

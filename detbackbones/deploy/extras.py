@@ -9,6 +9,6 @@ def import_supervision() -> ModuleType:
         import supervision
     except ImportError as error:
         raise ImportError(
-            f"this needs the package {error.name}: pip install detbackbones[predict]"
+            f"this needs {error.name}: pip install '.[predict]', or supervision alone"
         ) from error
     return supervision

@@ -6,11 +6,12 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from PIL import Image
 from tqdm import tqdm
 
-from ..data.images import ImageError
 from ..messages import one_of, whole_number
-from .predictor import Predictor
+from .extras import import_supervision
+from .predictor import Predictor, check_tiles
 from .results import CocoFile, CsvFile, Film, Item, Maps, Pictures, Result, YoloFiles
 from .sources import Source, read_frames
 
@@ -59,8 +60,11 @@ def predict_files(
         one_of("save", kind, OBJECTS if predictor.gives_objects else MAPS)
     whole_number("batch_size", batch_size)
     whole_number("every", every)
-    if tile is not None and not predictor.gives_objects:
-        raise ValueError(f"tile={tile} must be left out for a model that gives label maps")
+    if tile is not None:
+        check_tiles(tile, overlap)
+        if not predictor.gives_objects:
+            raise ValueError(f"tile={tile} must be left out for a model that gives label maps")
+    import_supervision()
     output = Path(output)
     if output.exists() and (output.is_file() or any(output.iterdir())):
         raise FileExistsError(f"output={str(output)!r} must be a new or an empty folder")
@@ -68,7 +72,7 @@ def predict_files(
     videos = [source for source in sources if source.is_video]
     faults: list[str] = []
     with ExitStack() as stack:
-        results = _open(predictor, output, save, stack)
+        results = _open(predictor, output, [x for x in save if images or x != "pictures"], stack)
         bar = stack.enter_context(tqdm(total=None if videos else len(images), unit="image"))
 
         def write(items: list[Item], results: Sequence[Result]) -> None:
@@ -82,10 +86,13 @@ def predict_files(
         tables = [result for result in results if not isinstance(result, Pictures)]
         for video in videos:
             try:
-                file = output / f"{video.name}.mp4"
-                with closing(Film(file, video.file, every)) as film:
-                    for batch in _batches(_frames(video, every), batch_size):
-                        write(batch, [*tables, film] if "pictures" in save else tables)
+                with ExitStack() as films:
+                    film = []
+                    if "pictures" in save:
+                        film = [Film(output / f"{video.name}.mp4", video.file, every)]
+                        films.callback(film[0].close)
+                    for batch in _batches(_frames(predictor, video, every), batch_size):
+                        write(batch, [*tables, *film])
             except OSError as error:
                 faults.append(str(error))
     return faults
@@ -119,14 +126,14 @@ def _read(predictor: Predictor, sources: Sequence[Source], faults: list[str]) ->
     for source in sources:
         try:
             yield Item(source.name, source.file.name, predictor.read(source.file))
-        except (OSError, ImageError) as error:
+        except (OSError, ValueError) as error:
             faults.append(str(error))
 
 
-def _frames(video: Source, every: int) -> Iterator[Item]:
+def _frames(predictor: Predictor, video: Source, every: int) -> Iterator[Item]:
     for number, pixels in read_frames(video.file, every):
         name = f"{video.name}_{number:06d}"
-        yield Item(name, name, pixels)
+        yield Item(name, name, predictor.read(Image.fromarray(pixels)))
 
 
 def _find(
@@ -139,10 +146,11 @@ def _find(
     """The objects in each image; one that the model cannot take is left out."""
     try:
         if tile is None:
-            found = [predictor.detections(x) for x in predictor([item.pixels for item in items])]
+            found = map(predictor.detections, predictor.predict([item.pixels for item in items]))
+            found = [*found]
         else:
-            found = [predictor.tiled(item.pixels, tile, overlap) for item in items]
-    except ImageError as error:
+            found = [predictor.predict_tiled(item.pixels, tile, overlap) for item in items]
+    except ValueError as error:
         if len(items) == 1:
             faults.append(f"{items[0].file_name}: {error}")
             return

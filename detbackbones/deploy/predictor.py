@@ -9,17 +9,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from detectron2.config import instantiate
+from detectron2.data import DatasetMapper
 from detectron2.structures import Instances
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image, ImageOps
 from torch import nn
 from torchvision.ops import batched_nms
 
-from ..config import load_config
-from ..data.images import as_image, read_image
-from ..data.mapper import CheckedDatasetMapper
+from ..config import find_config, load_config
+from ..data.images import DEEP, as_image, read_image
 from ..data.transforms import QuickAugInput
-from ..messages import first_line, fraction, one_of
+from ..messages import first_line, fraction, one_of, whole_number
 from ..training.best import NAME as BEST
 from ..training.checkpoint import last_whole, load_init_checkpoint
 from ..training.record import make_record, read_record
@@ -90,38 +90,41 @@ class Predictor:
         self.checkpoint = _checkpoint(run)
         record = read_record(self.checkpoint, trust=trust) if config is None else None
         if record is None:
-            config = Path(self.checkpoint).with_name("config.yaml") if config is None else config
-            record = _record_of(config, trust)
+            record = _record_of(self.checkpoint, config, trust)
         self.classes: list[str] = record["thing_classes"] or record["stuff_classes"]
         self.gives_objects = bool(record["thing_classes"])
-        self.categories: list[int] = record["categories"] or [*range(len(self.classes))]
-        self.model = self._build(record)
+        self.categories: list[int] = record["categories"] or [*range(1, len(self.classes) + 1)]
+        self.model, self._mapper = self._build(record)
         self.model.to(("cuda" if gpu else "cpu") if device == "auto" else device)
-        self._mapper = instantiate(OmegaConf.create(record["mapper"]))
-        if not isinstance(self._mapper, CheckedDatasetMapper):
-            raise ValueError(
-                "dataloader.test.mapper of the run must be a CheckedDatasetMapper, and is a "
-                f"{type(self._mapper).__name__}"
-            )
+        self._channels = getattr(self._mapper, "channels", 3)
+        self._max_value = getattr(self._mapper, "max_value", None)
 
-    def _build(self, record: dict[str, Any]) -> nn.Module:
+    def _build(self, record: dict[str, Any]) -> tuple[nn.Module, DatasetMapper]:
         try:
-            model = instantiate(OmegaConf.create(record["model"]))
+            mapper, model = (
+                instantiate(OmegaConf.create(record[key])) for key in ("mapper", "model")
+            )
         except Exception as error:  # another version of a package may fail in any way
+            made = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
             raise ValueError(
                 f"the detector of {self.checkpoint!r} cannot be built: {first_line(error)}; it was "
-                f"made with {', '.join(f'{k} {v}' for k, v in record['versions'].items())}"
+                f"made with {made}"
             ) from error
+        if not isinstance(mapper, DatasetMapper):
+            raise ValueError(
+                "dataloader.test.mapper of the run must be a DatasetMapper of detectron2, and is a "
+                f"{type(mapper).__name__}"
+            )
         load_init_checkpoint(model, self.checkpoint, whole=True)
-        return model.eval()
+        return model.eval(), mapper
 
     def __call__(self, images: ImageLike | Sequence[ImageLike]) -> Any:
         """Predict what is in an image, or in several at once.
 
         Args:
-            images: each a file's path; a PIL image; an RGB array (H, W, 3) or gray one (H, W) of 0
-                to 255; or a tensor (3, H, W) of 0 to 255. A sequence goes through the model as one
-                batch.
+            images: each a file's path; a PIL image; an RGB array (H, W, 3) or gray one (H, W); or
+                a tensor (3, H, W). Values are those of files: of 8 bits, or of more if the images
+                of the training had more. A sequence goes through the model as one batch.
 
         Returns:
             for each image, at its own size, a dict with what the detector gives, on the CPU:
@@ -135,7 +138,18 @@ class Predictor:
         """
         if not isinstance(images, list | tuple):
             return self([images])[0]
-        inputs = [self._input(self.read(image)) for image in images]
+        return self.predict([self.read(image) for image in images])
+
+    def predict(self, images: Sequence[np.ndarray]) -> list[dict[str, Any]]:
+        """Predict what is in images that are read.
+
+        Args:
+            images: of :meth:`read`; they go through the model as one batch.
+
+        Returns:
+            as a call.
+        """
+        inputs = [self._input(image) for image in images]
         with torch.no_grad():
             outputs = self.model(inputs) if inputs else []
         return [{key: self._kept(value) for key, value in output.items()} for output in outputs]
@@ -143,7 +157,8 @@ class Predictor:
     def detections(self, image: ImageLike | dict[str, Any]) -> "Detections":
         """The objects in an image as supervision has them, with ``class_name`` in their data.
 
-        Of label maps each class in the image is one, with its mask and a score of 1.
+        Of label maps each class in the image is one, with its mask and without a score. Of panoptic
+        segmentation it is the things alone.
 
         Args:
             image: as for a call, or what a call gave.
@@ -161,10 +176,7 @@ class Predictor:
             classes = np.unique(labels)
             masks = labels[None] == classes[:, None, None]
             found = supervision.Detections(
-                supervision.mask_to_xyxy(masks),
-                masks,
-                class_id=classes,
-                confidence=np.ones(len(classes)),
+                supervision.mask_to_xyxy(masks, "exclusive"), masks, class_id=classes
             )
         found.data["class_name"] = np.array(self.classes, dtype=str)[found.class_id]
         return found
@@ -184,19 +196,25 @@ class Predictor:
             ImportError: if supervision is not installed.
             ValueError: as of a call, or if an argument is out of range.
         """
-        if tile < 1 or not 0 <= overlap < 1:
-            raise ValueError(
-                f"tile={tile} and overlap={overlap} must be pixels, and a fraction below 1"
-            )
+        return self.predict_tiled(self.read(image), tile, overlap)
+
+    def predict_tiled(self, image: np.ndarray, tile: int, overlap: float = 0.2) -> "Detections":
+        """As :meth:`tiled`, of an image that is read.
+
+        Args:
+            image: of :meth:`read`.
+            tile, overlap: as of :meth:`tiled`.
+        """
+        check_tiles(tile, overlap)
         slicer = import_supervision().InferenceSlicer(
-            self.detections,
+            lambda pixels: self.detections(self.predict([pixels])[0]),
             slice_wh=tile,
             overlap_wh=int(tile * overlap),
             overlap_filter="non_max_merge",
             overlap_metric="IOS",
             compact_masks=True,
         )
-        return slicer(self.read(image))
+        return slicer(image)
 
     def read(self, image: ImageLike) -> np.ndarray:
         """An image as an RGB array (H, W, C) of 0 to 255.
@@ -207,7 +225,7 @@ class Predictor:
         Raises:
             OSError, ValueError: as of a call.
         """
-        channels, max_value = self._mapper.channels, self._mapper.max_value
+        channels, max_value = self._channels, self._max_value
         if isinstance(image, str | Path):
             if "://" in str(image):
                 raise ValueError(f"image={image!r} must be a file: download it first")
@@ -215,9 +233,10 @@ class Predictor:
                 raise FileNotFoundError(f"image={str(image)!r} must be a file, and there is none")
             return read_image(str(image), channels, max_value)
         if isinstance(image, Image.Image):
-            image = np.asarray(
-                ImageOps.exif_transpose(image).convert("L" if channels == 1 else "RGB")
-            )
+            image = ImageOps.exif_transpose(image)
+            if channels in (1, 3) and not image.mode.startswith(DEEP):
+                image = image.convert("L" if channels == 1 else "RGB")
+            image = np.asarray(image)
         elif isinstance(image, torch.Tensor):
             image = image.detach().cpu().numpy()
             image = np.moveaxis(image, 0, -1) if image.ndim == 3 else image
@@ -244,8 +263,7 @@ class Predictor:
             return value.cpu()
         if not isinstance(value, Instances):
             return value
-        value = value.to("cpu")
-        value = value[value.scores >= self.score_threshold]
+        value = value[value.scores >= self.score_threshold].to("cpu")
         if self.nms_threshold is None:
             return value
         boxes, classes = value.pred_boxes.tensor, value.pred_classes
@@ -268,10 +286,28 @@ def _checkpoint(run: str | Path) -> str:
     return file
 
 
-def _record_of(config: str | Path | DictConfig, trust: bool) -> dict[str, Any]:
+def _record_of(
+    checkpoint: str, config: str | Path | DictConfig | None, trust: bool
+) -> dict[str, Any]:
     """The record of a detector whose checkpoint holds none: its data must be there."""
-    cfg = config if isinstance(config, DictConfig) else load_config(config, trust=trust)
-    record = make_record(check_config(cfg))
-    if record is None:
-        raise ValueError("config must have plain values alone")
-    return record
+    if config is None:
+        config = Path(checkpoint).with_name("config.yaml")
+        if not config.is_file():
+            raise FileNotFoundError(
+                f"checkpoint {checkpoint!r} holds no config, and there is no config.yaml beside "
+                "it: give one as config (--config-file)"
+            )
+    if not isinstance(config, DictConfig):
+        config = load_config(find_config(str(config)), trust=trust)
+    return make_record(check_config(config, ["train.device=auto"]))
+
+
+def check_tiles(tile: int, overlap: float) -> None:
+    """Refuse tiles that are none.
+
+    Raises:
+        ValueError: if their side is no number of pixels, or the overlap no fraction below 1.
+    """
+    whole_number("tile", tile)
+    if not 0 <= overlap < 1:
+        raise ValueError(f"overlap={overlap} must be a fraction, from 0 to below 1")

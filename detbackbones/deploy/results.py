@@ -12,11 +12,15 @@ from PIL import Image
 from pycocotools import mask as mask_util
 
 from ..data.images import shown_channels
+from ..messages import first_line
 from ..weights import replacing
 from .extras import import_supervision
 
 if TYPE_CHECKING:
     from supervision import Detections
+
+
+_SMALLEST = 0.4  # scale of text that can be read
 
 
 @dataclass(frozen=True)
@@ -43,11 +47,14 @@ class Result(Protocol):
 
 
 class Painter:
-    """Paints objects on images: masks, or else boxes, with labels; a colour for each class."""
+    """Paints what is found on images, a colour for each class.
+
+    Objects have masks, if there are any, boxes, and labels with their scores; the classes of label
+    maps have their names.
+    """
 
     def __init__(self) -> None:
         self._supervision = import_supervision()
-        self._mask = self._supervision.MaskAnnotator(opacity=0.4)
 
     def __call__(self, image: np.ndarray, found: "Detections") -> np.ndarray:
         """The picture, RGB (H, W, 3) of 8 bits.
@@ -56,17 +63,20 @@ class Painter:
             image: (H, W, C) of 0 to 255.
             found: the objects.
         """
-        size = image.shape[1::-1]
-        thickness = self._supervision.calculate_optimal_line_thickness(size)
-        scale = self._supervision.calculate_optimal_text_scale(size)
+        supervision, size = self._supervision, image.shape[1::-1]
         picture = shown_channels(image)[:, :, ::-1].copy()  # the annotators paint BGR
         if found.mask is not None:
-            picture = self._mask.annotate(picture, found)
-        picture = self._supervision.BoxAnnotator(thickness=thickness).annotate(picture, found)
-        names = found.data.get("class_name", [])
-        labels = [f"{name} {score:.0%}" for name, score in zip(names, found.confidence)]
-        painter = self._supervision.LabelAnnotator(
-            text_scale=scale, text_thickness=thickness, text_padding=2, smart_position=False
+            picture = supervision.MaskAnnotator(opacity=0.4).annotate(picture, found)
+        labels = [str(name) for name in found.data.get("class_name", [])]
+        position = supervision.Position.CENTER_OF_MASS
+        if found.confidence is not None:
+            thickness = max(supervision.calculate_optimal_line_thickness(size) // 2, 1)
+            picture = supervision.BoxAnnotator(thickness=thickness).annotate(picture, found)
+            labels = [f"{name} {score:.0%}" for name, score in zip(labels, found.confidence)]
+            position = supervision.Position.TOP_LEFT
+        scale = max(supervision.calculate_optimal_text_scale(size), _SMALLEST)
+        painter = supervision.LabelAnnotator(
+            text_scale=scale, text_padding=2, text_position=position
         )
         return np.ascontiguousarray(painter.annotate(picture, found, labels)[:, :, ::-1])
 
@@ -124,7 +134,10 @@ class CocoFile:
 
 
 class CsvFile:
-    """A table of boxes, a row each: file, corners in pixels, class, score."""
+    """A table of boxes as supervision has it, a row each: corners in pixels, class, score, file.
+
+    ``class_id`` counts the classes from 0.
+    """
 
     def __init__(self, file: Path):
         self._sink = import_supervision().CSVSink(str(file))
@@ -142,8 +155,8 @@ class CsvFile:
 class YoloFiles:
     """A text file for each image, a line an object: class, place, score.
 
-    The place is the box as centre and size, or the polygon around the largest part of a mask; as
-    fractions of the image's width and height.
+    The place is the box as centre and size, or the polygon around the largest part of a mask (its
+    box, where the mask is of a pixel or a line); as fractions of the image's width and height.
     """
 
     def __init__(self, folder: Path):
@@ -157,10 +170,9 @@ class YoloFiles:
         for i, (x0, y0, x1, y1) in enumerate(found.xyxy):
             place = np.array([[(x0 + x1) / 2, (y0 + y1) / 2], [x1 - x0, y1 - y0]])
             if found.mask is not None:
+                corners = np.array([[x0, y0], [x1, y0], [x1, y1], [x0, y1]])
                 polygons = mask_to_polygons(np.asarray(found.mask[i]).astype(bool))
-                if not polygons:
-                    continue
-                place = max(polygons, key=cv2.contourArea)
+                place = max(polygons, key=cv2.contourArea, default=corners)
             numbers = (place / [width, height]).ravel()
             score = found.confidence[i]
             lines.append(
@@ -208,7 +220,9 @@ class Film:
             info.fps /= every
             self._sink = supervision.VideoSink(str(file), info).__enter__()
         except Exception as error:  # it has no errors of its own
-            raise OSError(f"video '{source}' cannot be read or written: {error}") from error
+            raise OSError(
+                f"video '{source}' cannot be read or written: {first_line(error)}"
+            ) from error
         self._painter = Painter()
 
     def add(self, item: Item, found: "Detections") -> None:

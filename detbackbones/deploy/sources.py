@@ -8,7 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ..data.images import list_images
+from ..data.images import SUFFIXES, list_images
+from ..messages import first_line
 from .extras import import_supervision
 
 VIDEOS = (".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v")
@@ -38,7 +39,7 @@ def list_sources(words: Sequence[str]) -> list[Source]:
     The name is the file's without its suffix, or with it where several would have the same.
 
     Args:
-        words: files, folders of images, or patterns such as ``images/val_*.jpg``.
+        words: files, folders, or patterns such as ``images/val_*.jpg``.
 
     Raises:
         FileNotFoundError: if there is no such file, or a folder or pattern holds no image.
@@ -48,7 +49,9 @@ def list_sources(words: Sequence[str]) -> list[Source]:
     for word in words:
         if "://" in word:
             raise ValueError(f"images={word!r} must be a file: download it first")
-        found = [Path(word)] if os.path.isfile(word) else list_images(word, "images")
+        found = [Path(word)]
+        if not os.path.isfile(word):
+            found = list_images(word, "images", (*SUFFIXES, *VIDEOS))
         files |= dict.fromkeys(found)
     stems = Counter(file.stem for file in files)
     named: dict[str, Path] = {}
@@ -77,4 +80,4 @@ def read_frames(file: Path, every: int) -> Iterator[tuple[int, np.ndarray]]:
         for i, frame in enumerate(frames):
             yield i * every, np.ascontiguousarray(frame[:, :, ::-1])
     except Exception as error:  # it has no errors of its own
-        raise OSError(f"video '{file}' cannot be read: {error}") from error
+        raise OSError(f"video '{file}' cannot be read: {first_line(error)}") from error

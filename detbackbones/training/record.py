@@ -2,14 +2,13 @@
 
 import copy
 import json
-import logging
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from detectron2.config import instantiate
-from detectron2.data import MetadataCatalog
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from ..config import without_weights
@@ -22,10 +21,8 @@ CLASSES = ("thing_classes", "stuff_classes")
 PACKAGES = ("detbackbones", "detectron2", "timm", "torch", "torchvision", "transformers")
 _COMPUTED = ("num_classes", "num_things", "pixel_mean", "pixel_std")
 
-logger = logging.getLogger(__name__)
 
-
-def make_record(cfg: DictConfig, model: nn.Module | None = None) -> dict[str, Any] | None:
+def make_record(cfg: DictConfig, model: nn.Module | None = None) -> dict[str, Any]:
     """What a detector is: enough to build it and to give it images, without data or weights.
 
     Args:
@@ -36,20 +33,29 @@ def make_record(cfg: DictConfig, model: nn.Module | None = None) -> dict[str, An
         plain values: the config of the ``model``, whose numbers of classes and means are numbers;
         that of the ``mapper`` of the test images; the names of the classes as ``thing_classes``
         and ``stuff_classes``; ``categories``, the id of each thing in the JSON file; ``versions``
-        of packages. None, with a warning, for a config that has more than plain values.
+        of packages.
+
+    Raises:
+        ValueError: if the config has more than plain values, or no data.
     """
+    names = OmegaConf.select(cfg, "dataloader.train.dataset.names")
+    mapper = OmegaConf.select(cfg, "dataloader.test.mapper")
+    if not (names and mapper):
+        raise ValueError(
+            "the config must have dataloader.train.dataset.names and dataloader.test.mapper"
+        )
     node = copy.deepcopy(cfg.model)
     for _, parent, key in _computed(node):
         parent[key] = instantiate(parent[key])
-    record = {"model": _plain(node), "mapper": _plain(cfg.dataloader.test.mapper)}
-    if isinstance(model, TransformersDetector) and record["model"].get("pretrained_detector"):
-        record["model"]["pretrained_detector"] = model.detr.config.to_dict()
-    record |= _classes(cfg) | {"versions": _versions()}
+    if "backbone" in node:
+        node.backbone = without_weights(node.backbone)
     try:
-        return json.loads(json.dumps(record))
-    except TypeError as error:
-        logger.warning("the checkpoints do not hold the config of the detector: %s", error)
-        return None
+        record = {"model": _plain(node), "mapper": _plain(mapper)}
+        if isinstance(model, TransformersDetector) and record["model"].get("pretrained_detector"):
+            record["model"]["pretrained_detector"] = model.detr.config.to_dict()
+        return json.loads(json.dumps(record | _classes(names) | {"versions": _versions()}))
+    except (TypeError, AttributeError) as error:
+        raise ValueError(f"the config must have plain values alone: {error}") from error
 
 
 def of_record(record: dict[str, Any] | None) -> dict[str, Any]:
@@ -68,18 +74,33 @@ def read_record(file: str, *, trust: bool = False) -> dict[str, Any] | None:
         FileNotFoundError: if it does not exist.
         ValueError: if it is damaged, or must be trusted.
     """
-    if not file.endswith(".pth"):
+    if "://" in file or not file.endswith((".pth", ".pt")):
         return None
-    record = read_checkpoint(file).get(KEY)
-    if not isinstance(record, dict):
+    content = read_checkpoint(file)
+    record = content.get(KEY) if isinstance(content, dict) else None
+    if not _is_record(record):
         return None
     if not trust:
         check_calls(file, record)
+        if "${" in json.dumps(record):
+            raise ValueError(f"{file}: {KEY} must have no interpolations")
     return record
 
 
+def _is_record(record: Any) -> bool:
+    """Whether a value has the form of a record: what it calls is in ``model`` and ``mapper``."""
+    if not isinstance(record, dict):
+        return False
+    return (
+        all(isinstance(record.get(key), dict) for key in ("model", "mapper", "versions"))
+        and all(isinstance(record.get(key), list) for key in (*CLASSES, "categories"))
+        and all(isinstance(name, str) for key in CLASSES for name in record[key])
+        and all(isinstance(key, int | str) for key in record["categories"])
+    )
+
+
 def fill_config(cfg: DictConfig, record: dict[str, Any]) -> None:
-    """Give a config what its training data would say, from a record.
+    """Give a config what its training data would say, from a record, of which nothing is called.
 
     Classes of the test data are matched by their names.
 
@@ -87,14 +108,20 @@ def fill_config(cfg: DictConfig, record: dict[str, Any]) -> None:
         cfg: changed in place.
         record: of the detector.
     """
-    known = OmegaConf.create(record["model"])
     for path, parent, key in _computed(cfg.model):
-        value = OmegaConf.select(known, path)
-        if isinstance(value, int | ListConfig):  # and nothing that would be called
+        value: Any = record["model"]
+        for part in path.split("."):
+            if isinstance(value, list):
+                value = value[int(part)] if part.isdigit() and int(part) < len(value) else None
+            else:
+                value = value.get(part) if isinstance(value, dict) else None
+        numbers = value if isinstance(value, list) else [value]
+        if numbers and all(type(number) in (int, float) for number in numbers):
             parent[key] = value
     names = OmegaConf.select(cfg, "dataloader.test.dataset.names")
-    if isinstance(names, DictConfig) and "like" in names and record.get("thing_classes"):
-        names.like = record["thing_classes"]
+    for part in names if OmegaConf.is_list(names) else [names]:
+        if isinstance(part, DictConfig) and "like" in part and record["thing_classes"]:
+            part.like = record["thing_classes"]
 
 
 def _computed(node: Any, path: str = "") -> Iterator[tuple[str, DictConfig, str]]:
@@ -111,30 +138,33 @@ def _computed(node: Any, path: str = "") -> Iterator[tuple[str, DictConfig, str]
 
 
 def _plain(node: DictConfig) -> Any:
-    """Plain values of a config, with the names of what it calls; a backbone without weights."""
-    node = copy.deepcopy(node)
-    if "backbone" in node:
-        node.backbone = without_weights(node.backbone)
-    plain = OmegaConf.to_container(node, resolve=True)
+    """Plain values of a config, with the names of what it calls."""
 
-    def named(value: Any) -> Any:
+    def named(value: Any, key: object = None) -> Any:
         if isinstance(value, dict):
-            return {key: named(item) for key, item in value.items()}
+            return {key: named(item, key) for key, item in value.items()}
         if isinstance(value, list | tuple):
             return [named(item) for item in value]
-        if callable(value):
+        if key == "_target_" and callable(value):
             return f"{value.__module__}.{value.__qualname__}"
         return value
 
-    return named(plain)
+    return named(OmegaConf.to_container(node, resolve=True))
 
 
-def _classes(cfg: DictConfig) -> dict[str, Any]:
-    names = instantiate(cfg.dataloader.train.dataset.names)
-    metadata = MetadataCatalog.get(names if isinstance(names, str) else names[0])
+def _classes(names: Any) -> dict[str, Any]:
+    """The classes of a data set by its names, as a config has them."""
+    names = instantiate(names)
+    name = names if isinstance(names, str) else names[0]
+    if not any(MetadataCatalog.get(name).get(key) for key in CLASSES):
+        DatasetCatalog.get(name)  # detectron2's own registration sets the classes on loading
+    metadata = MetadataCatalog.get(name)
     found = {key: list(metadata.get(key) or []) for key in CLASSES}
+    if (metadata.get("evaluator_type") or "").endswith("sem_seg"):
+        found["thing_classes"] = []  # which label maps may know of, too
     ids = metadata.get("thing_dataset_id_to_contiguous_id") or {}
-    return {**found, "categories": sorted(ids, key=ids.get)}
+    ids = metadata.get("category_ids") or sorted(ids, key=ids.get)
+    return {**found, "categories": ids if found["thing_classes"] else []}
 
 
 def _versions() -> dict[str, str]:

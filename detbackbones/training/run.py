@@ -103,8 +103,10 @@ def evaluate(cfg: DictConfig) -> Results:
                 f"there is nothing to evaluate: train.output_dir={folder} holds no checkpoint, and "
                 "train.init_checkpoint is empty"
             )
-        if record := read_record(file, trust=True):  # of which nothing is called
+        if record := read_record(file, trust=True):
             fill_config(cfg, record)
+        else:
+            check_settings(cfg)  # its data say what the model is
         model = build_model(cfg, loads_all=True)
         load_trained(cfg, model, file)
         results, evaluator = evaluate_model(cfg, model)
@@ -204,8 +206,13 @@ def prepare(cfg: DictConfig, *, resume: bool = False) -> Run:
         logger.warning(odd)
     settings = cfg.train
     patience = settings.patience and settings.patience * settings.eval_period
-    record = checkpointer.record = make_record(cfg, trainer.bare_model)
-    best = BestModel(trainer.evaluated_model, folder, settings.best_metric, patience, record)
+    try:
+        checkpointer.record = make_record(cfg, trainer.bare_model)
+    except ValueError as error:
+        logger.warning("the checkpoints do not hold what a Predictor needs: %s", error)
+    best = BestModel(
+        trainer.evaluated_model, folder, settings.best_metric, patience, checkpointer.record
+    )
     best.read(start)
     trackers = build_trackers(cfg, resume=start > 0) if main else []
     if main:

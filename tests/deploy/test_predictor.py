@@ -6,19 +6,25 @@ import shutil
 
 import numpy as np
 import pytest
-import supervision
 import torch
 from detbackbones import Predictor, get_config
 from detbackbones.cli import predict
 from detbackbones.config import load_config
+from detbackbones.data.coco import register_coco
 from detbackbones.data.images import read_image
+from detbackbones.deploy.predict import predict_files
+from detbackbones.deploy.sources import list_sources
 from detbackbones.training import evaluate, train
 from detbackbones.training.build import build_model, load_trained
+from detbackbones.training.record import _classes, fill_config, make_record, read_record
+from detbackbones.training.run import check_config
 from detbackbones.weights import read_checkpoint, write_checkpoint
 from detectron2.config import instantiate
 from PIL import Image
 from support import load_tool, run_main
 from torchvision.ops import box_iou
+
+supervision = pytest.importorskip("supervision")
 
 
 @pytest.fixture(scope="module")
@@ -157,14 +163,119 @@ def test_the_best_checkpoint_is_taken(runs, tmp_path):
         Predictor(tmp_path / "empty")
 
 
-def test_what_a_checkpoint_would_call_is_known(runs, tmp_path):
-    folder, _, _ = runs
+def _altered(folder, tmp_path, alter):
+    """A checkpoint whose record is another."""
     content = read_checkpoint(str(folder / "faster_rcnn" / "model_final.pth"))
-    content["detector"]["model"]["proposal_generator"] = {"_target_": "os.system", "command": "id"}
+    alter(content["detector"])
     file = str(tmp_path / "model.pth")
     write_checkpoint(content, file)
+    return file
+
+
+def test_what_a_checkpoint_would_call_is_known(runs, tmp_path):
+    folder, _, _ = runs
+    call = {"_target_": "os.system", "command": "id"}
+    file = _altered(folder, tmp_path, lambda r: r["model"].update(proposal_generator=call))
     with pytest.raises(ValueError, match="model.proposal_generator._target_='os.system' calls"):
         Predictor(file)
+    named = {"${${a}:${b}}": 1}
+    file = _altered(folder, tmp_path, lambda r: r["model"].update(proposal_generator=named))
+    with pytest.raises(ValueError, match="calls a resolver of OmegaConf"):
+        Predictor(file)
+    file = _altered(folder, tmp_path, lambda r: r["model"].update(vis_period="${pixel_mean}"))
+    with pytest.raises(ValueError, match="detector must have no interpolations"):
+        Predictor(file)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"model": "_target_: os.system\ncommand: id"},
+        {"mapper": "_target_: os.system\ncommand: id"},
+        {"thing_classes": {"_target_": "os.system", "command": "id"}},
+        {"thing_classes": [{"_target_": "os.system", "command": "id"}]},
+        {"categories": ["a", None]},
+        {"versions": None},
+    ],
+)
+def test_what_has_another_form_is_no_record(runs, tmp_path, change):
+    file = _altered(runs[0], tmp_path, lambda record: record.update(change))
+    assert read_record(file, trust=True) is None
+    with pytest.raises(FileNotFoundError, match="holds no config, and there is no config.yaml"):
+        Predictor(file)
+
+
+def test_an_evaluation_calls_nothing_of_a_checkpoint(runs, tmp_path):
+    folder, _, _ = runs
+    call = {"_target_": "os.system", "command": "id"}
+
+    def alter(record):
+        record["model"].update(pixel_mean=[call, 0, 0])
+        record["model"]["roi_heads"].update(num_classes=call)
+
+    record = read_record(_altered(folder, tmp_path, alter), trust=True)
+    cfg = load_config(folder / "faster_rcnn" / "config.yaml")
+    fill_config(cfg, record)
+    assert "os.system" not in str(cfg)
+    assert cfg.model.pixel_std == record["model"]["pixel_std"]
+    assert cfg.dataloader.test.dataset.names.like == ["circle", "square"]
+
+
+def test_deep_images_are_scaled_once(runs, tmp_path):
+    folder, image, _ = runs
+    plain = Predictor(folder / "faster_rcnn" / "model_final.pth", score_threshold=0)
+    file = _altered(folder, tmp_path, lambda record: record["mapper"].update(max_value=65535.0))
+    deep = Predictor(file, score_threshold=0)
+    pixels = read_image(str(image))[:, :, 0]
+    Image.fromarray(pixels).save(tmp_path / "plain.png")
+    Image.fromarray(pixels.astype(np.uint16) * 257).save(tmp_path / "deep.png")
+    boxes = plain(tmp_path / "plain.png")["instances"].pred_boxes.tensor
+    for one in (tmp_path / "deep.png", Image.open(tmp_path / "deep.png")):
+        found = deep(one)["instances"].pred_boxes.tensor
+        torch.testing.assert_close(found, boxes, rtol=1e-3, atol=1e-2)
+    files = []
+    for predictor, name in ((plain, "plain"), (deep, "deep")):
+        sources = list_sources([str(tmp_path / f"{name}.png")])
+        assert predict_files(predictor, sources, tmp_path / name, save=["coco"]) == []
+        files.append(json.loads((tmp_path / name / "coco.json").read_text())["annotations"])
+    assert len(files[0]) == len(files[1]) > 0
+    for one, other in zip(*files):
+        assert one["bbox"] == pytest.approx(other["bbox"], rel=1e-3, abs=1e-2)
+
+
+def test_ids_are_those_of_the_users_file(tiny):
+    files = f"{tiny}/train.json", f"{tiny}/images/train"
+    names = register_coco(*files, classes=["square", "circle"])
+    content = json.loads((tiny / "train.json").read_text())
+    ids = {category["name"]: category["id"] for category in content["categories"]}
+    assert _classes(names) == {
+        "thing_classes": ["square", "circle"],
+        "stuff_classes": [],
+        "categories": [ids["square"], ids["circle"]],
+    }
+
+
+def test_a_config_with_other_values_trains_without_a_record(runs, data, tmp_path, caplog):
+    load_tool("draw_shapes").draw(data, ("circle", "square"), train=8, val=4, size=64)
+    try:
+        cfg = _objects(data, "faster_rcnn", tmp_path)
+        cfg.model.roi_heads.box_head.conv_norm = torch.nn.Identity
+        with pytest.raises(ValueError, match="the config must have plain values alone: .*type"):
+            make_record(check_config(cfg))
+        del cfg.dataloader.test["mapper"]
+        with pytest.raises(ValueError, match="must have dataloader.train.dataset.names and"):
+            make_record(cfg)
+    finally:
+        shutil.rmtree(data)
+
+
+def test_nothing_found_is_written_too(runs, tmp_path):
+    folder, image, _ = runs
+    words = [folder / "mask_rcnn", image, "--output", tmp_path / "found", "--threshold", 1]
+    assert run_main(predict, *words, "--save", "pictures", "coco", "csv", "yolo") == 0
+    assert json.loads((tmp_path / "found/coco.json").read_text())["annotations"] == []
+    assert (tmp_path / "found/yolo/00001.txt").read_text() == ""
+    assert len((tmp_path / "found/boxes.csv").read_text().splitlines()) == 1
 
 
 def test_an_older_checkpoint_needs_its_config_and_data(runs, data, tmp_path):
@@ -173,7 +284,7 @@ def test_an_older_checkpoint_needs_its_config_and_data(runs, data, tmp_path):
     del content["detector"]
     write_checkpoint(content, str(tmp_path / "model_final.pth"))
     (tmp_path / "last_checkpoint").write_text("model_final.pth")
-    with pytest.raises(FileNotFoundError, match="config .*config.yaml' does not exist"):
+    with pytest.raises(FileNotFoundError, match="holds no config"):
         Predictor(tmp_path)
     config = folder / "faster_rcnn" / "config.yaml"
     with pytest.raises(FileNotFoundError, match="dataset.train_json=.*train.json"):
@@ -272,7 +383,7 @@ def test_tiles_of_a_large_image_move_to_their_places(runs):
     for mask, (left, top, *_) in zip(found.mask, places):
         assert mask.shape == (128, 192) and mask.sum() == one.mask.sum() > 0
         assert (mask[top : top + 64, left : left + 64] == one.mask[0]).all()
-    with pytest.raises(ValueError, match="tile=0 and overlap=0.2 must be"):
+    with pytest.raises(ValueError, match="tile=0 must be a whole number from 1"):
         predictor.tiled(pixels, 0)
 
 
