@@ -26,7 +26,7 @@ WRONG_INPUT = (ValueError, OSError, ImportError)
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of both commands."""
     add = parser.add_argument
-    add("--config-file", required=True, metavar="FILE", help="a LazyConfig: its path or name")
+    add("--config-file", metavar="FILE", help="a LazyConfig: its path or name")
     add("--trust", action="store_true", help="let a YAML config call code of other packages")
     add("--num-gpus", type=int, default=1, metavar="N", help="GPUs per machine")
     add("--num-processes", type=int, default=0, metavar="N", help="use N CPU processes instead")
@@ -38,6 +38,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def read_config(args: argparse.Namespace, *, trains: bool) -> DictConfig:
     """The config with its overrides, checked; of the training data only if it trains."""
+    if not args.config_file:
+        raise ValueError("--config-file must be a LazyConfig: its path or name")
     try:
         file = find_config(args.config_file)
     except FileNotFoundError as error:

@@ -13,6 +13,7 @@ from ..messages import nearest
 from .program import fail
 
 COMMANDS = {
+    "data": "check, convert or split a data set",
     "train": "train a detector from a config",
     "eval": "evaluate a trained detector",
     "predict": "predict what is in images and videos",

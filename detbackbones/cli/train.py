@@ -3,10 +3,16 @@ r"""Train a detector from a LazyConfig, then evaluate it and draw what it predic
     detbackbones train --config-file finetune/faster_rcnn.py train.output_dir=output/mine \
         dataset.train_json=train.json dataset.train_images=images \
         dataset.val_json=val.json dataset.val_images=images
+    detbackbones train --data FOLDER train.output_dir=output/mine
 
 The config is a file, or one that comes with the package, by its name. The output folder gets
 config.yaml, checkpoints, metrics.json, log.txt, and pictures: predictions.png, hardest.png,
 errors.png, curves.png, and batch.png, which shows what the first batch was.
+
+With --data the folder's format is found (COCO, YOLO, Pascal VOC and others: `detbackbones data
+--help`), train.json and val.json are written to data/ in the output folder, with a split that is
+made where there is none, and --config-file is finetune/faster_rcnn.py by default, or mask_rcnn.py
+where each object has a mask.
 """
 
 import argparse
@@ -14,10 +20,13 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from pathlib import Path
 
 from detectron2.utils import comm
 from omegaconf import DictConfig
 
+from ..data.formats import FORMATS
+from ..data.formats.convert import prepare_training
 from ..training.find_batch import find_batch
 from ..training.find_lr import find_lr
 from ..training.interrupt import Interrupted
@@ -73,16 +82,34 @@ def _has(args: argparse.Namespace, key: str) -> bool:
     return getattr(args, key.removeprefix("--").replace("-", "_"))
 
 
+def _take_data(args: argparse.Namespace) -> None:
+    """Give the arguments the config and the files of a folder of data."""
+    key = "train.output_dir="
+    output = next((w.removeprefix(key) for w in reversed(args.opts) if w.startswith(key)), "output")
+    try:
+        data = prepare_training(args.data, Path(output, "data"), args.format)
+    except WRONG_INPUT as error:
+        fail("train", error)
+    print(data.said)
+    config = "finetune/mask_rcnn.py" if data.masks else "finetune/faster_rcnn.py"
+    args.config_file = args.config_file or config
+    args.opts = [*(f"dataset.{name}={path}" for name, path in data.settings.items()), *args.opts]
+
+
 def main(words: Sequence[str] | None = None) -> None:
     parser = new_parser("train", __doc__)
     add_arguments(parser)
     add = parser.add_argument
+    add("--data", metavar="FOLDER", help="of images and what is said of them, in a known format")
+    add("--format", choices=[*FORMATS], help="of --data, by default the one that is found")
     add("--resume", action="store_true", help="continue the run in the output folder")
     add("--overwrite", action="store_true", help="replace the run in the output folder")
     add("--eval-only", action="store_true", help="evaluate, do not train: detbackbones eval")
     add("--find-lr", action="store_true", help="try learning rates, in 100 steps; do not train")
     add("--find-batch", action="store_true", help="say how many images fit; do not train")
     args = parser.parse_intermixed_args(words)
+    if args.data:
+        _take_data(args)
     tools = {"--find-lr": find_lr, "--find-batch": find_batch}
     given = [key for key in (*tools, "--resume", "--overwrite", "--eval-only") if _has(args, key)]
     if given and given[0] in tools:

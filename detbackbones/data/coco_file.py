@@ -279,7 +279,7 @@ def _check_annotations(coco: CocoFile, mask_format: str | None, odd: Counter[str
             wrong("area", "be a number of pixels, from 0")
         if "area" not in annotation:
             odd["annotations have no area: computed"] += 1
-            annotation["area"] = _area(annotation, image)
+            annotation["area"] = area(annotation, image)
         keypoints = annotation.get("keypoints") or []
         if not isinstance(keypoints, list) or not set(map(type, keypoints)) <= _NUMBERS:
             wrong("keypoints", "be a list of numbers")
@@ -297,7 +297,7 @@ def _check_mask(
     """Check a mask; without ``mask_format``, leave out one that is wrong."""
     mask, width, height = annotation.get("segmentation"), image["width"], image["height"]
     if isinstance(mask, dict):
-        right = _is_rle(mask, width, height)
+        right = is_rle(mask, width, height)
         must = f"be RLE of size [{height}, {width}], whose counts add up to {height * width}"
     else:
         polygons = mask if isinstance(mask, list) else []
@@ -339,7 +339,7 @@ def is_polygon(points: object, width: float, height: float) -> bool:
     return inside and -height <= min(ys) and max(ys) <= 2 * height and sum(points) == sum(points)
 
 
-def _is_rle(mask: Mapping[str, Any], width: int, height: int) -> bool:
+def is_rle(mask: Mapping[str, Any], width: int, height: int) -> bool:
     """Whether it is COCO's RLE, compressed or not, of an image's size."""
     counts = mask.get("counts")
     size = mask.get("size")
@@ -374,7 +374,7 @@ def _decoded(text: str) -> list[int]:
     return [] if shift else counts
 
 
-def _area(annotation: Entry, image: Entry) -> float:
+def area(annotation: Entry, image: Entry) -> float:
     """The area of an annotation's mask, or else of its box, in pixels."""
     mask = annotation.get("segmentation")
     if not mask:

@@ -114,13 +114,40 @@ def draw_batch(
         regions = [region for region in regions if region.name not in UNPAINTED]
         drawn.update(region.name for region in regions)
         pictures.append(_draw(pixels, regions, colors))
+    legend = {name: colors[name] for name in colors if name in drawn}
+    return _save(_in_twos(pictures), ("what the model sees", ""), legend, path)
+
+
+def draw_annotations(
+    images: Sequence[dict[str, Any]], metadata: Metadata, path: str | Path
+) -> Path:
+    """Draw images with their objects, two in a row.
+
+    Args:
+        images: detectron2 dataset dicts with ``annotations``; at least one.
+        metadata: the data set's entry in `MetadataCatalog`.
+        path: the PNG file to write; its folder is made.
+
+    Returns:
+        `path`.
+    """
+    colors, pictures, drawn = _colors(metadata), [], set()
+    for image in images:
+        pixels = read_image(image["file_name"])
+        regions = _truth(image, "instances", pixels.shape[:2], metadata)
+        drawn.update(region.name for region in regions)
+        pictures.append(_draw(pixels, regions, colors))
+    legend = {name: colors[name] for name in colors if name in drawn}
+    return _save(_in_twos(pictures), ("what is annotated", ""), legend, path)
+
+
+def _in_twos(pictures: list[np.ndarray]) -> list[list[np.ndarray]]:
+    """Rows of two pictures, a last one beside white."""
     if len(pictures) % 2:
-        pictures.append(np.full_like(pictures[-1], 255))
-    rows = [
+        pictures = [*pictures, np.full_like(pictures[-1], 255)]
+    return [
         [_padded(picture, row) for picture in row] for row in zip(pictures[::2], pictures[1::2])
     ]
-    legend = {name: colors[name] for name in colors if name in drawn}
-    return _save(rows, ("what the model sees", ""), legend, path)
 
 
 def _padded(picture: np.ndarray, row: Sequence[np.ndarray]) -> np.ndarray:

@@ -1,0 +1,106 @@
+r"""Check a data set of objects, convert it to COCO's format, or split it.
+
+    detbackbones data check FOLDER
+    detbackbones data convert FOLDER --output coco
+    detbackbones data split FOLDER --output coco --val 0.2
+
+The folder has images, and what is said of them in a format that is found: COCO, YOLO, Pascal VOC,
+CVAT for images, LabelMe, Label Studio, or a CSV file of boxes.
+
+`check` says what is there, everything that is wrong, by file and line, and what is suspicious, and
+draws some images with their objects. The exit status is 1 if something is wrong. `convert` writes
+train.json, val.json, ... for the splits that the data have; `split` makes them, the same ones for a
+seed, with each class divided as the images are. Images stay where they are.
+"""
+
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from detectron2.data import MetadataCatalog, get_detection_dataset_dicts
+
+from ..data.coco import register_coco
+from ..data.formats import FORMATS, Findings, read_folder
+from ..data.formats.convert import refuse_faults, split_pictures, write_coco
+from ..data.formats.report import suspicions, tables
+from ..messages import fraction
+from ..training.pictures import draw_annotations
+from .program import fail, new_parser
+
+SHOWN = 8  # images in the picture
+
+
+def check(found: Findings, picture: str) -> None:
+    """Say what there is, and draw it; exit status 1 if something is wrong."""
+    print("\n\n".join(tables(found)))
+    for note in found.notes:
+        print(f"\nnote: {note}")
+    for said in suspicions(found):
+        print(f"suspicious: {said}")
+    for fault in found.faults:
+        print(f"wrong: {fault}")
+    shown = [p for p in found.pictures if p.things]
+    shown = [shown[i * len(shown) // SHOWN] for i in range(SHOWN)] if len(shown) > SHOWN else shown
+    if shown:
+        with tempfile.TemporaryDirectory() as folder:
+            faults, found.faults = found.faults, []
+            (file,) = write_coco(found, {"shown": shown}, folder)
+            found.faults = faults
+            name = register_coco(str(file), str(found.folder))
+            dicts = get_detection_dataset_dicts(name, filter_empty=False)
+            draw_annotations(dicts, MetadataCatalog.get(name), picture)
+        print(f"wrote {picture}")
+    if found.faults:
+        print(f"{len(found.faults)} wrong", file=sys.stderr)
+        sys.exit(1)
+
+
+def convert(found: Findings, output: str) -> None:
+    """Write the splits that the data have."""
+    splits = {split: [*pictures.values()] for split, pictures in found.splits.items()}
+    _say(write_coco(found, splits, output), found)
+
+
+def split(found: Findings, output: str, val: float, test: float, seed: int) -> None:
+    """Write splits of all pictures."""
+    refuse_faults(found)
+    fraction("--val", val)
+    fraction("--test", test)
+    if not 0 < val + test < 1:
+        raise ValueError(f"--val {val} and --test {test} must add up to less than 1")
+    fractions = {"train": 1 - val - test, "val": val, "test": test}
+    fractions = {name: part for name, part in fractions.items() if part}
+    _say(write_coco(found, split_pictures([*found.pictures], fractions, seed), output), found)
+
+
+def _say(files: Sequence[Path], found: Findings) -> None:
+    for file in files:
+        print(f"wrote {file}: its images are in {found.folder}")
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    parser = new_parser("data", __doc__)
+    parser.add_argument("action", choices=("check", "convert", "split"))
+    parser.add_argument("folder")
+    add = parser.add_argument
+    add("--format", choices=[*FORMATS], help="by default the one that is found")
+    add("--output", metavar="FOLDER", help="of convert and split")
+    add("--picture", default="data.png", metavar="FILE", help="of check (default: %(default)s)")
+    add("--val", type=float, default=0.2, help="of split, a fraction (default: %(default)s)")
+    add("--test", type=float, default=0.0, help="of split, a fraction (default: %(default)s)")
+    add("--seed", type=int, default=0, help="of split (default: %(default)s)")
+    args = parser.parse_args(words)
+    if args.action != "check" and not args.output:
+        parser.error(f"{args.action} needs --output")
+    try:
+        name, found = read_folder(args.folder, args.format)
+        print(f"{args.folder}: {name}, {sum(len(p) for p in found.splits.values())} images")
+        if args.action == "check":
+            check(found, args.picture)
+        elif args.action == "convert":
+            convert(found, args.output)
+        else:
+            split(found, args.output, args.val, args.test, args.seed)
+    except (ValueError, OSError) as error:
+        fail("data", error)
