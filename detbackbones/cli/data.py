@@ -13,6 +13,7 @@ train.json, val.json, ... for the splits that the data have; `split` makes them,
 seed, with each class divided as the images are. Images stay where they are.
 """
 
+import json
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -33,27 +34,32 @@ SHOWN = 8  # images in the picture
 
 def check(found: Findings, picture: str) -> None:
     """Say what there is, and draw it; exit status 1 if something is wrong."""
-    print("\n\n".join(tables(found)))
-    for note in found.notes:
-        print(f"\nnote: {note}")
+    print("\n\n".join(tables(found)), end="\n\n")
     for said in suspicions(found):
         print(f"suspicious: {said}")
     for fault in found.faults:
         print(f"wrong: {fault}")
-    shown = [p for p in found.pictures if p.things]
-    shown = [shown[i * len(shown) // SHOWN] for i in range(SHOWN)] if len(shown) > SHOWN else shown
-    if shown:
-        with tempfile.TemporaryDirectory() as folder:
-            faults, found.faults = found.faults, []
-            (file,) = write_coco(found, {"shown": shown}, folder)
-            found.faults = faults
-            name = register_coco(str(file), str(found.folder))
-            dicts = get_detection_dataset_dicts(name, filter_empty=False)
-            draw_annotations(dicts, MetadataCatalog.get(name), picture)
-        print(f"wrote {picture}")
+    try:
+        _draw(found, picture)
+    except (ValueError, OSError) as error:
+        print(f"{picture} is not drawn: {error}")
     if found.faults:
         print(f"{len(found.faults)} wrong", file=sys.stderr)
         sys.exit(1)
+
+
+def _draw(found: Findings, picture: str) -> None:
+    shown = [p for p in found.pictures if p.things]
+    shown = [shown[i * len(shown) // SHOWN] for i in range(SHOWN)] if len(shown) > SHOWN else shown
+    if not shown:
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "shown.json")
+        file.write_text(json.dumps(found.coco(shown)))
+        name = register_coco(str(file), str(found.folder))
+        dicts = get_detection_dataset_dicts(name, filter_empty=False)
+        draw_annotations(dicts, MetadataCatalog.get(name), picture)
+    print(f"wrote {picture}")
 
 
 def convert(found: Findings, output: str) -> None:
@@ -68,7 +74,7 @@ def split(found: Findings, output: str, val: float, test: float, seed: int) -> N
     fraction("--val", val)
     fraction("--test", test)
     if not 0 < val + test < 1:
-        raise ValueError(f"--val {val} and --test {test} must add up to less than 1")
+        raise ValueError(f"--val {val} and --test {test} must add up to more than 0, less than 1")
     fractions = {"train": 1 - val - test, "val": val, "test": test}
     fractions = {name: part for name, part in fractions.items() if part}
     _say(write_coco(found, split_pictures([*found.pictures], fractions, seed), output), found)
@@ -96,6 +102,8 @@ def main(words: Sequence[str] | None = None) -> None:
     try:
         name, found = read_folder(args.folder, args.format)
         print(f"{args.folder}: {name}, {sum(len(p) for p in found.splits.values())} images")
+        for note in found.notes:
+            print(f"note: {note}")
         if args.action == "check":
             check(found, args.picture)
         elif args.action == "convert":

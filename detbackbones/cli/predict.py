@@ -15,6 +15,7 @@ its data is needed. The output folder gets what --save names:
 What cannot be read is named, the rest goes on, and the exit status is 1.
 """
 
+import argparse
 import signal
 import sys
 from collections.abc import Sequence
@@ -22,7 +23,30 @@ from collections.abc import Sequence
 from ..deploy.predict import MAPS, OBJECTS, predict_files
 from ..deploy.predictor import Predictor
 from ..deploy.sources import list_sources
+from ..training.log import without_warnings_of_torch
 from .program import fail, new_parser
+
+
+def _predict(args: argparse.Namespace) -> list[str]:
+    predictor = Predictor(
+        args.run,
+        config=args.config_file,
+        device=args.device,
+        score_threshold=args.threshold,
+        nms_threshold=args.nms,
+        trust=args.trust,
+    )
+    print(f"weights of {predictor.checkpoint}", file=sys.stderr)
+    return predict_files(
+        predictor,
+        list_sources(args.images),
+        args.output,
+        save=args.save,
+        batch_size=args.batch,
+        tile=args.tile,
+        overlap=args.overlap,
+        every=args.every,
+    )
 
 
 def main(words: Sequence[str] | None = None) -> None:
@@ -44,25 +68,8 @@ def main(words: Sequence[str] | None = None) -> None:
     add("--trust", action="store_true", help="let a config call code of other packages")
     args = parser.parse_args(words)
     try:
-        predictor = Predictor(
-            args.run,
-            config=args.config_file,
-            device=args.device,
-            score_threshold=args.threshold,
-            nms_threshold=args.nms,
-            trust=args.trust,
-        )
-        print(f"weights of {predictor.checkpoint}", file=sys.stderr)
-        faults = predict_files(
-            predictor,
-            list_sources(args.images),
-            args.output,
-            save=args.save,
-            batch_size=args.batch,
-            tile=args.tile,
-            overlap=args.overlap,
-            every=args.every,
-        )
+        with without_warnings_of_torch():
+            faults = _predict(args)
     except (ValueError, OSError, ImportError) as error:
         fail("predict", error)
     except KeyboardInterrupt:

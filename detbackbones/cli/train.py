@@ -86,6 +86,7 @@ def _take_data(args: argparse.Namespace) -> None:
     """Give the arguments the config and the files of a folder of data."""
     key = "train.output_dir="
     output = next((w.removeprefix(key) for w in reversed(args.opts) if w.startswith(key)), "output")
+    output = output.strip("'\"")
     try:
         data = prepare_training(args.data, Path(output, "data"), args.format)
     except WRONG_INPUT as error:
@@ -93,7 +94,7 @@ def _take_data(args: argparse.Namespace) -> None:
     print(data.said)
     config = "finetune/mask_rcnn.py" if data.masks else "finetune/faster_rcnn.py"
     args.config_file = args.config_file or config
-    args.opts = [*(f"dataset.{name}={path}" for name, path in data.settings.items()), *args.opts]
+    args.opts = [*(f"{name}={value}" for name, value in data.settings.items()), *args.opts]
 
 
 def main(words: Sequence[str] | None = None) -> None:

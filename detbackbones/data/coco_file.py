@@ -274,8 +274,8 @@ def _check_annotations(coco: CocoFile, mask_format: str | None, odd: Counter[str
         crowds += annotation["iscrowd"]
         if mask_format or annotation.get("segmentation") is not None:
             _check_mask(annotation, image, mask_format, odd, wrong)
-        area = annotation.get("area", 0)
-        if not (type(area) in _NUMBERS and 0 <= area <= _LARGEST**2):
+        size = annotation.get("area", 0)
+        if not (type(size) in _NUMBERS and 0 <= size <= _LARGEST**2):
             wrong("area", "be a number of pixels, from 0")
         if "area" not in annotation:
             odd["annotations have no area: computed"] += 1

@@ -79,10 +79,10 @@ def predict_files(
             for item, found in _find(predictor, items, tile, overlap, faults):
                 for result in results:
                     result.add(item, found)
-            bar.update(len(items))
 
         for batch in _batches(images, batch_size):
             write([*_read(predictor, batch, faults)], results)
+            bar.update(len(batch))
         tables = [result for result in results if not isinstance(result, Pictures)]
         for video in videos:
             try:
@@ -93,6 +93,7 @@ def predict_files(
                         films.callback(film[0].close)
                     for batch in _batches(_frames(predictor, video, every), batch_size):
                         write(batch, [*tables, *film])
+                        bar.update(len(batch))
             except OSError as error:
                 faults.append(str(error))
     return faults

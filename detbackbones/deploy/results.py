@@ -11,16 +11,13 @@ import numpy as np
 from PIL import Image
 from pycocotools import mask as mask_util
 
-from ..data.images import shown_channels
 from ..messages import first_line
 from ..weights import replacing
 from .extras import import_supervision
+from .painter import Painter
 
 if TYPE_CHECKING:
     from supervision import Detections
-
-
-_SMALLEST = 0.4  # scale of text that can be read
 
 
 @dataclass(frozen=True)
@@ -44,41 +41,6 @@ class Result(Protocol):
     def add(self, item: Item, found: "Detections") -> None: ...
 
     def close(self) -> None: ...
-
-
-class Painter:
-    """Paints what is found on images, a colour for each class.
-
-    Objects have masks, if there are any, boxes, and labels with their scores; the classes of label
-    maps have their names.
-    """
-
-    def __init__(self) -> None:
-        self._supervision = import_supervision()
-
-    def __call__(self, image: np.ndarray, found: "Detections") -> np.ndarray:
-        """The picture, RGB (H, W, 3) of 8 bits.
-
-        Args:
-            image: (H, W, C) of 0 to 255.
-            found: the objects.
-        """
-        supervision, size = self._supervision, image.shape[1::-1]
-        picture = shown_channels(image)[:, :, ::-1].copy()  # the annotators paint BGR
-        if found.mask is not None:
-            picture = supervision.MaskAnnotator(opacity=0.4).annotate(picture, found)
-        labels = [str(name) for name in found.data.get("class_name", [])]
-        position = supervision.Position.CENTER_OF_MASS
-        if found.confidence is not None:
-            thickness = max(supervision.calculate_optimal_line_thickness(size) // 2, 1)
-            picture = supervision.BoxAnnotator(thickness=thickness).annotate(picture, found)
-            labels = [f"{name} {score:.0%}" for name, score in zip(labels, found.confidence)]
-            position = supervision.Position.TOP_LEFT
-        scale = max(supervision.calculate_optimal_text_scale(size), _SMALLEST)
-        painter = supervision.LabelAnnotator(
-            text_scale=scale, text_padding=2, text_position=position
-        )
-        return np.ascontiguousarray(painter.annotate(picture, found, labels)[:, :, ::-1])
 
 
 class Pictures:

@@ -32,17 +32,15 @@ FORMAT = "[%(asctime)s] %(name)s %(levelname)s: %(message)s"
 def logging_to(folder: str) -> Iterator[None]:
     """Log to the screen and to ``log.txt`` in a folder, and after that as before.
 
-    An error in a thread, such as TensorBoard's on a full disk, is a line. Left out are two warnings
-    of torch's at what detectron2 does in every run, and the traceback of :data:`RUN_ERRORS`, which
-    detectron2 would log before the error is raised.
+    An error in a thread, such as TensorBoard's on a full disk, is a line. Left out is the traceback
+    of :data:`RUN_ERRORS`, which detectron2 would log before the error is raised.
     """
     rank = comm.get_rank()
     os.makedirs(folder, exist_ok=True)  # another machine has none yet
     file = logging.FileHandler(os.path.join(folder, f"log.txt.rank{rank}" if rank else "log.txt"))
     file.setFormatter(logging.Formatter(FORMAT, "%m/%d %H:%M:%S"))
     loop = logging.getLogger("detectron2.engine.train_loop")
-    tracing = logging.getLogger("torch.fx._symbolic_trace")
-    changed = [*map(logging.getLogger, LOGGERS), tracing]
+    changed = [*map(logging.getLogger, LOGGERS)]
     before = [(one, one.handlers[:], one.propagate, one.level) for one in changed]
     for name in LOGGERS:
         logging.getLogger(name).handlers.clear()
@@ -53,10 +51,8 @@ def logging_to(folder: str) -> Iterator[None]:
         own.addHandler(file)
     hook, threading.excepthook = threading.excepthook, _say_in_a_line
     loop.addFilter(_is_a_fault)
-    tracing.setLevel(logging.ERROR)
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="torch.meshgrid: in an upcoming release")
+        with without_warnings_of_torch():
             yield
     finally:
         loop.removeFilter(_is_a_fault)
@@ -65,6 +61,20 @@ def logging_to(folder: str) -> Iterator[None]:
             one.handlers[:], one.propagate = handlers, propagate
             one.setLevel(level)
         file.close()
+
+
+@contextlib.contextmanager
+def without_warnings_of_torch() -> Iterator[None]:
+    """Leave out two warnings of torch's at what detectron2 does in every run."""
+    tracing = logging.getLogger("torch.fx._symbolic_trace")
+    level = tracing.level
+    tracing.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.meshgrid: in an upcoming release")
+            yield
+    finally:
+        tracing.setLevel(level)
 
 
 def _is_for_the_screen(record: logging.LogRecord) -> bool:

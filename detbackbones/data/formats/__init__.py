@@ -38,17 +38,28 @@ def read_folder(folder: str | Path, format: str | None = None) -> tuple[str, Fin
         raise FileNotFoundError(f"folder={str(folder)!r} must be a folder of data, and is none")
     if format is not None:
         one_of("format", format, FORMATS)
-    found = {
-        name: module.find(folder) for name, module in FORMATS.items() if format in (None, name)
-    }
+    findings = Findings(folder)
+    found = {name: x.find(findings) for name, x in FORMATS.items() if format in (None, name)}
     found = {name: files for name, files in found.items() if files}
     if not found:
         kind = f"data of format={format!r}" if format else f"one of {', '.join(FORMATS)}"
         raise FileNotFoundError(f"folder={str(folder)!r} must hold {kind}, and holds none")
     if len(found) > 1:
         shown = ", ".join(f"{name} ({files[0].name})" for name, files in found.items())
-        raise ValueError(f"folder={str(folder)!r} holds several formats, {shown}: give format=")
+        raise ValueError(
+            f"folder={str(folder)!r} holds several formats, {shown}: say which by format (--format)"
+        )
     ((name, files),) = found.items()
-    findings = Findings(folder)
     FORMATS[name].read(files, findings)
+    _check(findings, files[0])
     return name, findings
+
+
+def _check(found: Findings, file: Path) -> None:
+    """Note what the whole of the data tells."""
+    boxes = [thing.box for picture in found.pictures for thing in picture.things]
+    if not any(found.splits.values()) and not found.faults:
+        found.fault(file, None, "it must have images, and has none")
+    large = any(max(picture.width, picture.height) > 2 for picture in found.pictures)
+    if boxes and large and all(x + w <= 1 and y + h <= 1 for x, y, w, h in boxes):
+        found.fault(file, None, "no box reaches beyond the first pixel: are they fractions?")

@@ -46,10 +46,9 @@ class Prepared(NamedTuple):
     """Data that a detector can be trained on.
 
     Attributes:
-        settings: ``train_json``, ``train_images``, ``val_json`` and ``val_images`` of a config's
-            ``dataset``.
+        settings: keys of a config and their values.
         masks: whether each object has a mask.
-        said: what was found and done, a sentence.
+        said: what was found and done.
     """
 
     settings: dict[str, str]
@@ -78,19 +77,24 @@ def prepare_training(
     name, found = read_folder(folder, format)
     refuse_faults(found)
     splits = {split: [*pictures.values()] for split, pictures in found.splits.items()}
-    val = next((split for split in ("val", "test") if split in splits), None)
-    if val and "train" in splits:
+    val = next((split for split in ("val", "test") if splits.get(split)), None)
+    if val and splits.get("train"):
         chosen, how = {"train": splits["train"], "val": splits[val]}, f"split as train and {val}"
+        left = {split: len(p) for split, p in splits.items() if p and split not in ("train", val)}
+        how += "".join(f", {count} images of {split} left out" for split, count in left.items())
     else:
         chosen = split_pictures([*found.pictures], {"train": 0.8, "val": 0.2}, seed)
         how = f"without a split for validation: a fifth is taken, by seed {seed}"
     files = write_coco(found, chosen, output)
-    settings = {f"{split}_json": str(file) for split, file in zip(chosen, files)}
-    settings |= {f"{split}_images": str(folder) for split in chosen}
+    settings = {f"dataset.{split}_json": str(file) for split, file in zip(chosen, files)}
+    settings |= {f"dataset.{split}_images": str(found.folder) for split in chosen}
+    kinds = {type(thing.mask) for picture in found.pictures for thing in picture.things}
+    if dict in kinds and type(None) not in kinds:
+        settings["dataloader.train.mapper.instance_mask_format"] = "bitmask"
     counts = " and ".join(str(len(pictures)) for pictures in chosen.values())
     said = f"{folder}: {name}, {how}; {counts} images: wrote {' and '.join(map(str, files))}"
-    masks = all(thing.mask is not None for picture in found.pictures for thing in picture.things)
-    return Prepared(settings, masks, said)
+    said += "".join(f"\n{folder}: {note}" for note in found.notes)
+    return Prepared(settings, type(None) not in kinds, said)
 
 
 def refuse_faults(found: Findings) -> None:
@@ -122,27 +126,24 @@ def split_pictures(
     Returns:
         the pictures of each split, in the order that they came.
     """
-    labels = {id(p): Counter(thing.label for thing in p.things) for p in pictures}
-    total = Counter()
+    labels = {picture.file: Counter(t.label for t in picture.things) for picture in pictures}
+    remaining = Counter()
     for counts in labels.values():
-        total.update(counts)
-    wanted = {s: {c: n * part for c, n in total.items()} for s, part in fractions.items()}
+        remaining.update(counts)
+    wanted = {s: {c: n * part for c, n in remaining.items()} for s, part in fractions.items()}
     room = {split: len(pictures) * part for split, part in fractions.items()}
-    order = sorted(pictures, key=lambda p: str(p.file))
+    order = sorted(labels)
     random.Random(seed).shuffle(order)
-    chosen: dict[int, str] = {}
-    left = {id(p): p for p in order}
-    while left:
-        remaining = Counter()
-        for key in left:
-            remaining.update(labels[key])
-        rarest = min(remaining, key=lambda c: (remaining[c], c), default=None)
-        for key in [k for k in left if rarest is None or labels[k][rarest]]:
+    chosen: dict[Path, str] = {}
+    while len(chosen) < len(order):
+        rarest = min((c for c in remaining if remaining[c] > 0), key=remaining.get, default=None)
+        for file in order:
+            if file in chosen or not (rarest is None or labels[file][rarest]):
+                continue
             need = {s: (wanted[s].get(rarest, 0.0), room[s]) for s in fractions}
-            split = max(fractions, key=need.get)
-            chosen[key] = split
+            chosen[file] = split = max(fractions, key=need.get)
             room[split] -= 1
-            for label, count in labels[key].items():
+            remaining.subtract(labels[file])
+            for label, count in labels[file].items():
                 wanted[split][label] -= count
-            del left[key]
-    return {s: [p for p in pictures if chosen[id(p)] == s] for s in fractions}
+    return {s: [p for p in pictures if chosen[p.file] == s] for s in fractions}

@@ -1,6 +1,5 @@
 """CVAT for images 1.1: an XML file of all images."""
 
-from itertools import accumulate
 from pathlib import Path
 from xml.etree.ElementTree import Element
 
@@ -8,17 +7,12 @@ import numpy as np
 from pycocotools import mask as mask_util
 
 from .findings import SPLITS, Findings, Picture, numbers
-from .xml import read_xml
+from .xml import files_of, read_xml
 
 
-def find(folder: Path) -> list[Path]:
+def find(found: Findings) -> list[Path]:
     """The XML files of a folder that have the root ``annotations``."""
-    found = []
-    for file in sorted(folder.rglob("*.xml")):
-        with file.open("rb") as content:
-            if b"<annotations>" in content.read(2000):
-                found.append(file)
-    return found
+    return files_of("annotations", found)
 
 
 def read(files: list[Path], found: Findings) -> None:
@@ -36,26 +30,32 @@ def read(files: list[Path], found: Findings) -> None:
             continue
         for track in root.iter("track"):
             found.fault(file, lines[track], "a track of a video must be an export 'for images'")
-        found.classes = found.classes or [x.text or "" for x in root.iterfind(".//label/name")]
+        labels = [(x.text or "").strip() for x in root.iterfind(".//label/name")]
+        found.classes += [label for label in labels if label not in found.classes]
         for element in root.iterfind("image"):
             line = lines[element]
             image = found.locate(element.get("name", ""), file, line)
             if image is None:
                 continue
             subset = element.get("subset", "").lower()
+            if subset not in (*SPLITS, "", "default"):
+                found.fault(file, line, f"subset={subset!r} must be train, val or test")
+                continue
             split = SPLITS.get(subset) or found.split_of(image)
             size = numbers(element.get(side) for side in ("width", "height"))
-            picture = found.picture(split, image, file, line, size and (size[0], size[1]))
+            picture = found.picture(split, image, file, line, size)
             for shape in element if picture else ():
-                _read_shape(shape, picture, file, lines[shape], found)
+                _read_shape(shape, labels, picture, file, lines[shape], found)
 
 
-def _read_shape(shape: Element, picture: Picture, file: Path, line: int, found: Findings) -> None:
-    kind, label = shape.tag, shape.get("label", "")
+def _read_shape(
+    shape: Element, labels: list[str], picture: Picture, file: Path, line: int, found: Findings
+) -> None:
+    kind, label = shape.tag, shape.get("label", "").strip()
     if kind == "tag":  # of the image
         return
-    if found.classes and label not in found.classes:
-        found.fault(file, line, f"label {label!r} must be one of the task's, {found.classes}")
+    if labels and label not in labels:
+        found.fault(file, line, f"label {label!r} must be one of the task's, {labels}")
     elif kind == "box":
         corners = numbers(shape.get(key) for key in ("xtl", "ytl", "xbr", "ybr"))
         if numbers([shape.get("rotation", 0)]) != [0]:
@@ -85,14 +85,11 @@ def _read_mask(shape: Element, picture: Picture, file: Path, line: int, found: F
         found.fault(file, line, "a mask must have rle and numbers left, top, width, height")
         return
     left, top, width, height = map(int, place)
-    inside = left >= 0 and top >= 0 and left + width <= picture.width
+    inside = min(left, top, width, height) >= 0 and left + width <= picture.width
     if not inside or top + height > picture.height or sum(runs) != width * height:
         found.fault(file, line, "a mask must lie in its image, with runs for all of its pixels")
         return
-    bits = np.zeros(width * height, np.uint8)
-    ends = [*accumulate(map(int, runs))]
-    for start, end in zip(ends[::2], ends[1::2]):
-        bits[start:end] = 1
+    bits = np.repeat(np.arange(len(runs)) % 2, np.array(runs, int)).astype(np.uint8)
     whole = np.zeros((picture.height, picture.width), np.uint8, order="F")
     whole[top : top + height, left : left + width] = bits.reshape(height, width)
     rle = mask_util.encode(whole)

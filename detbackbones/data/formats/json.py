@@ -1,28 +1,44 @@
 """JSON files of several formats, told apart by what they begin with."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 from ...messages import first_line
 from ..coco_file import paused_collector
-from .findings import Findings
+from .findings import MADE, Findings
 
 _HEAD = 100_000  # bytes that are looked at
+_KEYS = {  # by any of which a file is told
+    "labelme": ("shapes", "imageData", "imagePath", "imageHeight"),
+    "coco": ("annotations", "images"),
+    "label_studio": ("annotations", "completions", "data"),
+}
 
 
-def kind_of(file: Path) -> str | None:
-    """The format that a file seems to be of: "coco", "labelme", "label_studio", or None."""
+def files_of(kind: str, found: Findings) -> list[Path]:
+    """The JSON files of a folder that seem to be of a kind.
+
+    Args:
+        kind: "coco", "labelme" or "label_studio".
+        found: of the folder.
+    """
+    return [file for file in found.files if file.suffix == ".json" and _kind(file) == kind]
+
+
+def _kind(file: Path) -> str | None:
     with file.open("rb") as content:
         head = content.read(_HEAD).lstrip(b"\xef\xbb\xbf \t\r\n")
+
+    def has(kind: str) -> bool:
+        return any(re.search(rf'"{key}"\s*:'.encode(), head) for key in _KEYS[kind])
+
     if head.startswith(b"["):
-        return "label_studio"
-    if not head.startswith(b"{"):
+        return "label_studio" if has("label_studio") else None
+    if not head.startswith(b"{") or MADE.encode() in head:
         return None
-    if b'"shapes"' in head:
-        return "labelme"
-    keys = (b'"annotations"', b'"images"', b'"categories"')
-    return "coco" if any(key in head for key in keys) else None
+    return next((kind for kind in ("labelme", "coco") if has(kind)), None)
 
 
 def read_json(file: Path, found: Findings) -> Any:

@@ -1,18 +1,19 @@
 """LabelMe: a JSON file of shapes for each image."""
 
 from pathlib import Path
+from typing import Any
 
-from .findings import Findings, numbers
-from .json import kind_of, read_json
+from .findings import Findings, Picture, numbers, pairs
+from .json import files_of, read_json
 
 
-def find(folder: Path) -> list[Path]:
+def find(found: Findings) -> list[Path]:
     """The JSON files of a folder that have shapes."""
-    return [file for file in sorted(folder.rglob("*.json")) if kind_of(file) == "labelme"]
+    return files_of("labelme", found)
 
 
 def read(files: list[Path], found: Findings) -> None:
-    """Read data sets.
+    """Read data sets; polygons of one group and class are one object, as in LabelMe's own programs.
 
     Args:
         files: of :func:`find`.
@@ -20,7 +21,9 @@ def read(files: list[Path], found: Findings) -> None:
     """
     for file in files:
         content = read_json(file, found)
-        if content is None:
+        if not isinstance(content, dict) or not isinstance(content.get("shapes"), list):
+            if content is not None:
+                found.fault(file, None, "it must have a list of shapes")
             continue
         name = content.get("imagePath")
         if not isinstance(name, str) or not name:
@@ -28,30 +31,32 @@ def read(files: list[Path], found: Findings) -> None:
             continue
         image = found.locate(name, file)
         size = numbers([content.get("imageWidth"), content.get("imageHeight")])
-        if image is None:
-            continue
-        picture = found.picture(found.split_of(file), image, file, None, size and tuple(size))
-        if picture is None:
-            continue
-        shapes = content["shapes"] if isinstance(content["shapes"], list) else [content["shapes"]]
-        for i, shape in enumerate(shapes):
-            where = f"shapes[{i}]"
-            shape = shape if isinstance(shape, dict) else {}
-            kind, points = shape.get("shape_type", "polygon"), shape.get("points")
-            flat = None
-            if isinstance(points, list) and all(
-                isinstance(p, list) and len(p) == 2 for p in points
-            ):
-                flat = numbers(value for point in points for value in point)
-            if kind not in ("polygon", "rectangle"):
-                found.fault(file, where, f"shape_type={kind!r} must be 'polygon' or 'rectangle'")
-            elif flat is None:
-                found.fault(file, where, "points must be a list of pairs of numbers")
-            elif kind == "polygon":
-                found.add(picture, shape.get("label"), None, file, where, [flat])
-            elif len(flat) != 4:
-                found.fault(file, where, "points of a rectangle must be two corners")
-            else:
-                (left, right), (top, bottom) = sorted(flat[::2]), sorted(flat[1::2])
-                box = [left, top, right - left, bottom - top]
-                found.add(picture, shape.get("label"), box, file, where)
+        picture = image and found.picture(found.split_of(file), image, file, None, size)
+        if picture:
+            _read_shapes(content["shapes"], picture, file, found)
+
+
+def _read_shapes(shapes: list[Any], picture: Picture, file: Path, found: Findings) -> None:
+    groups: dict[tuple, list[list[float]]] = {}
+    for i, shape in enumerate(shapes):
+        where = f"shapes[{i}]"
+        shape = shape if isinstance(shape, dict) else {}
+        kind, label = shape.get("shape_type", "polygon"), shape.get("label")
+        points = pairs(shape.get("points"))
+        if kind not in ("polygon", "rectangle"):
+            found.fault(file, where, f"shape_type={kind!r} must be 'polygon' or 'rectangle'")
+        elif points is None:
+            found.fault(file, where, "points must be a list of pairs of numbers")
+        elif kind == "rectangle":
+            xs, ys = points[::2], points[1::2]
+            if len(xs) not in (2, 4):
+                found.fault(file, where, "points of a rectangle must be two or four corners")
+                continue
+            box = [min(xs), min(ys), max(xs) - min(xs), max(ys) - min(ys)]
+            found.add(picture, label, box, file, where)
+        elif isinstance(shape.get("group_id"), int) and isinstance(label, str):
+            groups.setdefault((shape["group_id"], label), []).append(points)
+        else:
+            found.add(picture, label, None, file, where, [points])
+    for (group, label), polygons in groups.items():
+        found.add(picture, label, None, file, f"group_id {group}", polygons)

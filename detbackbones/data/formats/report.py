@@ -7,8 +7,9 @@ from pathlib import Path
 from tabulate import tabulate
 
 from ...messages import few
-from .findings import Findings
+from .findings import Findings, Picture, Thing
 
+_MOST = 10  # copies that are named
 _SIDES = (1, 8, 16, 32, 64, 128, 256, 512)  # pixels: the square root of a box's area
 
 
@@ -48,22 +49,41 @@ def suspicions(found: Findings) -> list[str]:
             having = [split for split in splits if name in where[split]]
             if len(having) == 1:
                 said.append(f"class {name!r} is in {having[0]} alone")
-    for name in found.names:
-        if not any(name == t.label for p in found.pictures for t in p.things):
-            said.append(f"class {name!r} has no object")
+    used = {thing.label for picture in found.pictures for thing in picture.things}
+    said += [f"class {name!r} has no object" for name in found.names if name not in used]
     alike = defaultdict(list)
     for name in found.names:
         alike["".join(name.lower().split())].append(name)
     said += [f"classes {few(names)} may be one" for names in alike.values() if len(names) > 1]
     said += _copies(found)
-    thin = [(p, t) for p in found.pictures for t in p.things if min(t.box[2:]) <= 1]
-    if thin:
-        picture, thing = thin[0]
-        said.append(
-            f"{len(thin)} boxes are at most one pixel wide or high, such as a {thing.label!r} in "
-            f"'{picture.file}'"
-        )
+    kinds = {
+        "at most one pixel wide or high": _is_thin,
+        "partly outside of their images": _sticks_out,
+    }
+    for what, wrong in kinds.items():
+        boxes = [(p, t) for p in found.pictures for t in p.things if wrong(p, t)]
+        if boxes:
+            picture, thing = boxes[0]
+            example = f"such as a {thing.label!r} in '{picture.file}'"
+            said.append(f"{len(boxes)} boxes are {what}, {example}")
+    twice = sum(len(p.things) - len({(t.label, t.box) for t in p.things}) for p in found.pictures)
+    if twice:
+        said.append(f"{twice} objects are there twice")
+    silent = {x for files in found.images.values() for x in files} - {
+        p.file for p in found.pictures
+    }
+    if silent:
+        said.append(f"of {len(silent)} images nothing is said, such as '{min(silent)}'")
     return said
+
+
+def _is_thin(picture: Picture, thing: Thing) -> bool:
+    return min(thing.box[2:]) <= 1
+
+
+def _sticks_out(picture: Picture, thing: Thing) -> bool:
+    x, y, width, height = thing.box
+    return min(x, y) < -1 or x + width > picture.width + 1 or y + height > picture.height + 1
 
 
 def _labels(found: Findings, split: str) -> list[str]:
@@ -72,15 +92,21 @@ def _labels(found: Findings, split: str) -> list[str]:
 
 def _copies(found: Findings) -> list[str]:
     """Images that are in several splits, or there under several names, by their content."""
-    places: dict[str, list[tuple[str, Path]]] = defaultdict(list)
+    by_size: dict[int, list[tuple[str, Path]]] = defaultdict(list)
     for split, pictures in found.splits.items():
         for file in pictures:
-            places[hashlib.sha1(file.read_bytes()).hexdigest()].append((split, file))
+            by_size[file.stat().st_size].append((split, file))
+    places: dict[str, list[tuple[str, Path]]] = defaultdict(list)
+    for size, alike in by_size.items():
+        for split, file in alike if len(alike) > 1 else ():
+            digest = hashlib.sha1(file.read_bytes()).hexdigest()
+            places[f"{size} {digest}"].append((split, file))
     said = []
     for copies in places.values():
         if len(copies) > 1:
-            splits = {split for split, _ in copies}
+            splits = sorted({split for split, _ in copies})
             files = few([str(file) for file in dict.fromkeys(file for _, file in copies)])
-            what = f"is in {' and '.join(sorted(splits))}" if len(splits) > 1 else "is there twice"
+            what = f"is in {' and '.join(splits)}" if len(splits) > 1 else "is there twice"
             said.append(f"one image {what}: {files}")
-    return said
+    more = [f"and {len(said) - _MOST} more images are there twice"] if len(said) > _MOST else []
+    return said[:_MOST] + more

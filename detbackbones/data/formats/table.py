@@ -3,8 +3,10 @@
 import csv
 from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
-from .findings import SPLITS, Findings, are_fractions, numbers
+from ...messages import first_line
+from .findings import SPLITS, Findings, Picture, are_fractions, numbers
 
 _IMAGE = ("filename", "file_name", "image", "image_path", "image_name", "path", "file")
 _LABEL = ("class_name", "class", "label", "category", "category_name", "name")
@@ -16,12 +18,34 @@ _CORNERS = (
     ("left", "top", "right", "bottom"),
 )
 _SIZES = (("x", "y", "w", "h"), ("x", "y", "width", "height"), ("left", "top", "width", "height"))
-_BARE = ("path", "x1", "y1", "x2", "y2", "class")  # of a file without a first row of names
+_BARE = ["path", "x1", "y1", "x2", "y2", "class"]  # of a file without a first row of names
 
 
-def find(folder: Path) -> list[Path]:
+class Columns(NamedTuple):
+    """What the columns of a file are.
+
+    Attributes:
+        names: of all.
+        image, label, split: names of those; the last may not be there.
+        place: of the box.
+        corners: whether the box is two corners, or else has a width and a height.
+        bare: whether the file has no first row of names.
+        delimiter: between fields.
+    """
+
+    names: list[str]
+    image: str
+    label: str
+    split: str | None
+    place: tuple[str, ...]
+    corners: bool
+    bare: bool
+    delimiter: str
+
+
+def find(found: Findings) -> list[Path]:
     """The CSV files of a folder that have columns of boxes."""
-    return [file for file in sorted(folder.rglob("*.csv")) if _columns(file)]
+    return [file for file in found.files if file.suffix.lower() == ".csv" and _columns(file)]
 
 
 def read(files: list[Path], found: Findings) -> None:
@@ -32,66 +56,88 @@ def read(files: list[Path], found: Findings) -> None:
         found: gets what is in them.
     """
     for file in files:
-        columns, bare = _columns(file)
-        image_key, label_key, split_key, place, corners = _meaning(columns)
-        with file.open(newline="", encoding="utf-8-sig") as content:
-            rows = csv.DictReader(content, columns, skipinitialspace=True)
-            for row in islice(rows, 0 if bare else 1, None):
-                line = rows.line_num
-                if None in row or None in row.values():
-                    found.fault(file, line, f"it must have {len(columns)} fields, as the first row")
-                    continue
-                image = found.locate(row[image_key], file, line)
-                if image is None:
-                    continue
-                split = found.split_of(file)
-                if split_key:
-                    split = SPLITS.get(row[split_key].strip().lower(), split)
-                picture = found.picture(split, image, file, line)
-                words = [row[key].strip() for key in place]
-                if picture is None or not any(words):  # an image without objects
-                    continue
-                values = numbers(words)
-                if values is None:
-                    found.fault(file, line, f"{', '.join(place)}={words} must be numbers")
-                elif are_fractions(values):
-                    found.fault(
-                        file,
-                        line,
-                        f"{', '.join(place)}={words} must be in pixels: are they fractions?",
-                    )
-                else:
-                    left, top, *end = values
-                    box = [left, top, *end]
-                    if corners:
-                        box[2:] = end[0] - left, end[1] - top
-                    found.add(picture, row[label_key], box, file, line)
+        columns = _columns(file)
+        line = 1
+        try:
+            with file.open(newline="", encoding="utf-8-sig") as content:
+                rows = csv.DictReader(
+                    content,
+                    columns.names,
+                    delimiter=columns.delimiter,
+                    skipinitialspace=True,
+                    strict=True,
+                )
+                for row in islice(rows, 0 if columns.bare else 1, None):
+                    line = rows.line_num
+                    _read_row(row, columns, file, line, found)
+        except (csv.Error, UnicodeDecodeError) as error:
+            found.fault(file, line + 1, f"it must be UTF-8 CSV: {first_line(error)}")
 
 
-def _columns(file: Path) -> tuple[list[str], bool] | None:
-    """The names of the columns, and whether no row has them; None if there are no boxes."""
+def _read_row(row: dict, columns: Columns, file: Path, line: int, found: Findings) -> None:
+    if None in row or None in row.values():
+        found.fault(file, line, f"it must have {len(columns.names)} fields, as the first row")
+        return
+    image = found.locate(row[columns.image], file, line)
+    if image is None:
+        return
+    split = found.split_of(file)
+    if columns.split:
+        word = row[columns.split].strip().lower()
+        if word not in SPLITS:
+            found.fault(file, line, f"{columns.split}={word!r} must be train, val or test")
+            return
+        split = SPLITS[word]
+    size = None
+    if columns.corners and {"width", "height"} <= set(columns.names):
+        size = numbers([row["width"], row["height"]])
+    picture = found.picture(split, image, file, line, size, rows=True)
+    words = [row[key].strip() for key in columns.place]
+    if picture is None or not any(words):  # an image without objects
+        return
+    _read_box(picture, row[columns.label], words, columns, file, line, found)
+
+
+def _read_box(
+    picture: Picture,
+    label: str,
+    words: list[str],
+    columns: Columns,
+    file: Path,
+    line: int,
+    found: Findings,
+) -> None:
+    shown = f"{', '.join(columns.place)}={words}"
+    values = numbers(words)
+    if values is None:
+        found.fault(file, line, f"{shown} must be numbers")
+    elif are_fractions(values):
+        found.fault(file, line, f"{shown} must be in pixels: are they fractions?")
+    else:
+        left, top, *end = values
+        box = [left, top, end[0] - left, end[1] - top] if columns.corners else values
+        found.add(picture, label, box, file, line)
+
+
+def _columns(file: Path) -> Columns | None:
+    """What the columns are; None if they are not of boxes."""
     try:
         with file.open(newline="", encoding="utf-8-sig") as content:
-            first = next(csv.reader(content, skipinitialspace=True), [])
-    except (UnicodeDecodeError, csv.Error):
+            head = content.readline()
+    except UnicodeDecodeError:
         return None
+    delimiter = ";" if head.count(";") > head.count(",") else ","
+    first = next(csv.reader([head], delimiter=delimiter, skipinitialspace=True), [])
     names = [word.strip().lower() for word in first]
-    if _meaning(names):
-        return names, False
-    if len(first) == len(_BARE) and (numbers(first[1:5]) or not any(first[1:])):
-        return [*_BARE], True
-    return None
+    bare = len(first) == len(_BARE) and bool(numbers(first[1:5]) or not any(first[1:]))
+    names = _BARE if bare else names
 
-
-def _meaning(names: list[str]) -> tuple[str, str, str | None, tuple[str, ...], bool] | None:
-    """The columns of image, class, split and box, and whether the box is two corners."""
-
-    def first(keys: tuple[str, ...]) -> str | None:
+    def named(keys: tuple[str, ...]) -> str | None:
         return next((key for key in keys if key in names), None)
 
     corners = next((keys for keys in _CORNERS if set(keys) <= set(names)), None)
     place = corners or next((keys for keys in _SIZES if set(keys) <= set(names)), None)
-    image, label = first(_IMAGE), first(_LABEL)
+    image, label = named(_IMAGE), named(_LABEL)
     if not (place and image and label):
         return None
-    return image, label, first(_SPLIT), place, bool(corners)
+    return Columns(names, image, label, named(_SPLIT), place, bool(corners), bare, delimiter)

@@ -1,12 +1,23 @@
 """Reading XML with the lines of its elements, and without entities, which can fill the memory."""
 
+import re
 from pathlib import Path
 from xml.etree import ElementTree
 from xml.parsers import expat
 
+from .findings import Findings
 
-class Lines(dict):
-    """The line of each element of a document."""
+Lines = dict[ElementTree.Element, int]
+
+
+def files_of(root: str, found: Findings) -> list[Path]:
+    """The XML files of a folder whose root seems to be an element of that name."""
+    return [x for x in found.files if x.suffix == ".xml" and _begins(x, root)]
+
+
+def _begins(file: Path, root: str) -> bool:
+    with file.open("rb") as content:
+        return bool(re.search(rf"<{root}[\s>]".encode(), content.read(2000)))
 
 
 def read_xml(file: Path) -> tuple[ElementTree.Element, Lines]:
@@ -15,7 +26,7 @@ def read_xml(file: Path) -> tuple[ElementTree.Element, Lines]:
     Raises:
         ValueError: if it is no XML, or declares entities; one sentence with the line.
     """
-    builder, lines = ElementTree.TreeBuilder(), Lines()
+    builder, lines = ElementTree.TreeBuilder(), {}
     parser = expat.ParserCreate()
 
     def start(name: str, attributes: dict[str, str]) -> None:
@@ -35,4 +46,6 @@ def read_xml(file: Path) -> tuple[ElementTree.Element, Lines]:
     except expat.ExpatError as error:
         reason = expat.ErrorString(error.code)
         raise ValueError(f"line {error.lineno}: it must be XML: {reason}") from error
+    except LookupError as error:  # an encoding that there is not
+        raise ValueError(f"line 1: it must be XML: {error}") from error
     return builder.close(), lines

@@ -9,16 +9,13 @@ from typing import Any
 import yaml
 
 from ...messages import first_line
-from ..images import SUFFIXES
-from .findings import Findings, are_fractions, numbers
-
-_NAMES = {"train": "train", "val": "val", "valid": "val", "test": "test"}
+from .findings import SPLITS, Findings, are_fractions, numbers, without_copies
 
 
-def find(folder: Path) -> list[Path]:
-    """The YAML files of a folder that name classes and images."""
-    files = [*sorted(folder.glob("*.yaml")), *sorted(folder.glob("*.yml"))]
-    return [file for file in files if "names" in _content(file)]
+def find(found: Findings) -> list[Path]:
+    """The YAML files at the top of a folder that speak of names."""
+    files = [x for x in found.files if x.suffix in (".yaml", ".yml") and x.parent == found.folder]
+    return [file for file in files if b"names" in file.read_bytes()]
 
 
 def read(files: list[Path], found: Findings) -> None:
@@ -31,25 +28,19 @@ def read(files: list[Path], found: Findings) -> None:
     for file in files[1:]:
         found.fault(file, None, f"must be the only one, and there is '{files[0]}'")
     file = files[0]
-    content = _content(file)
-    if "kpt_shape" in content:
-        found.fault(file, None, "kpt_shape: keypoints are not read, only boxes and polygons")
+    try:
+        content = yaml.safe_load(file.read_bytes())
+    except (yaml.YAMLError, ValueError) as error:
+        found.fault(file, None, f"it must be YAML: {first_line(error)}")
         return
-    names = content["names"]
-    if isinstance(names, dict):
-        names = [names.get(i) for i in range(len(names))]
-    if not isinstance(names, list) or not all(isinstance(n, str | int) for n in names) or not names:
-        found.fault(file, None, "names must be a list of names, or a mapping of 0, 1, ... to names")
+    if not isinstance(content, dict) or not _read_names(file, content, found):
         return
-    if "nc" in content and content["nc"] != len(names):
-        found.fault(file, None, f"nc={content['nc']!r} must be {len(names)}, the number of names")
-    found.classes = [str(name) for name in names]
-    lines: list[int] = []
-    for key, split in _NAMES.items():
-        if content.get(key):
+    numbers_a_line: set[int] = set()
+    for key in content:
+        if key in SPLITS and content[key]:
             for image in _images(file, content, key, found):
-                _read_labels(image, split, found, lines)
-    if lines and set(lines) == {9}:
+                _read_labels(image, SPLITS[key], found, numbers_a_line)
+    if numbers_a_line == {9}:
         found.fault(
             file,
             None,
@@ -58,35 +49,51 @@ def read(files: list[Path], found: Findings) -> None:
         )
 
 
-def _content(file: Path) -> dict[str, Any]:
-    try:
-        content = yaml.safe_load(file.read_bytes())
-    except (yaml.YAMLError, OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
+def _read_names(file: Path, content: dict[str, Any], found: Findings) -> bool:
+    if "kpt_shape" in content:
+        found.fault(file, None, "kpt_shape: keypoints are not read, only boxes and polygons")
+        return False
+    names = content.get("names")
+    if isinstance(names, dict):
+        names = [names.get(i) for i in range(len(names))]
+    if not isinstance(names, list) or not all(isinstance(n, str | int) for n in names) or not names:
+        found.fault(file, None, "names must be a list of names, or a mapping of 0, 1, ... to names")
+        return False
+    found.classes = [str(name).strip() for name in names]
+    if len(set(found.classes)) < len(names):
+        found.fault(file, None, "names must differ")
+        return False
+    count = content.get("nc", len(names))
+    if count != len(names):
+        shown = count if isinstance(count, int | str) else "..."
+        found.fault(file, None, f"nc={shown} must be {len(names)}, the number of names")
+    return True
 
 
 def _images(file: Path, content: dict[str, Any], key: str, found: Findings) -> Iterator[Path]:
     """The images of a split: of folders, patterns, or lists of them in a text file."""
     given = content[key] if isinstance(content[key], list) else [content[key]]
-    base = Path(str(content.get("path") or "."))
-    for word in map(str, given):
+    base = content.get("path") or "."
+    if not all(isinstance(word, str) for word in (*given, base)):
+        found.fault(file, None, f"{key} and path must be text")
+        return
+    for word in given:
         places = [file.parent / base / word, file.parent / word]
         places.append(file.parent / word.removeprefix("../"))  # as Roboflow writes it
         place = next((p for p in places if p.exists() or glob.glob(str(p))), None)
         if place is None:
             found.fault(file, None, f"{key}={word!r} must be a folder of images, and is not there")
-            continue
-        if place.suffix == ".txt":
-            for number, line in enumerate(place.read_text().splitlines(), 1):
-                if line.strip() and (image := found.locate(line.strip(), place, number)):
+        elif place.suffix == ".txt":
+            lines = place.read_text(errors="replace").splitlines()
+            for number, line in enumerate(lines, 1):
+                if line.strip() and (image := found.locate(line, place, number)):
                     yield image
-            continue
-        paths = place.rglob("*") if place.is_dir() else map(Path, glob.glob(str(place)))
-        images = sorted(path for path in paths if path.suffix.lower() in SUFFIXES)
-        if not images:
-            found.fault(file, None, f"{key}={word!r} must hold images")
-        yield from (Path(os.path.normpath(image)) for image in images)
+        else:
+            paths = place.rglob("*") if place.is_dir() else map(Path, glob.glob(str(place)))
+            images = without_copies(sorted(paths))
+            if not images:
+                found.fault(file, None, f"{key}={word!r} must hold images")
+            yield from (Path(os.path.normpath(image)) for image in images)
 
 
 def _labels_of(image: Path) -> Path:
@@ -99,7 +106,9 @@ def _labels_of(image: Path) -> Path:
     return Path(*parts)
 
 
-def _read_labels(image: Path, split: str, found: Findings, lines: list[int]) -> None:
+def _read_labels(image: Path, split: str, found: Findings, numbers_a_line: set[int]) -> None:
+    if image in found.splits.get(split, {}):  # a split may name an image twice
+        return
     picture = found.picture(split, image)
     file = _labels_of(image)
     if picture is None or not file.is_file():
@@ -115,7 +124,7 @@ def _read_labels(image: Path, split: str, found: Findings, lines: list[int]) -> 
         if not words:
             continue
         values = numbers(words)
-        lines.append(len(words))
+        numbers_a_line.add(len(words))
         if values is None:
             found.fault(file, number, f"{line.strip()!r} must be numbers")
         elif len(values) != 5 and (len(values) < 7 or len(values) % 2 == 0):
