@@ -51,6 +51,8 @@ def read_folder(folder: str | Path, format: str | None = None) -> tuple[str, Fin
         )
     ((name, files),) = found.items()
     FORMATS[name].read(files, findings)
+    order = ("train", "val", "test", ALL)
+    findings.splits = {split: findings.splits[split] for split in order if split in findings.splits}
     _check(findings, files[0])
     return name, findings
 
