@@ -23,16 +23,17 @@ from detectron2.data import MetadataCatalog, get_detection_dataset_dicts
 
 from ..data.coco import register_coco
 from ..data.formats import FORMATS, Findings, read_folder
-from ..data.formats.convert import refuse_faults, split_pictures, write_coco
+from ..data.formats.convert import split_pictures, write_coco
 from ..data.formats.report import suspicions, tables
 from ..messages import fraction
 from ..training.pictures import draw_annotations
 from .program import fail, new_parser
 
+PICTURE = "data.png"
 SHOWN = 8  # images in the picture
 
 
-def check(found: Findings, picture: str) -> None:
+def check(found: Findings, picture: str | None) -> None:
     """Say what there is, and draw it; exit status 1 if something is wrong."""
     print("\n\n".join(tables(found)), end="\n\n")
     for said in suspicions(found):
@@ -42,13 +43,15 @@ def check(found: Findings, picture: str) -> None:
     try:
         _draw(found, picture)
     except (ValueError, OSError) as error:
-        print(f"{picture} is not drawn: {error}")
+        print(f"no picture is drawn: {error}")
     if found.faults:
         print(f"{len(found.faults)} wrong", file=sys.stderr)
         sys.exit(1)
 
 
-def _draw(found: Findings, picture: str) -> None:
+def _draw(found: Findings, picture: str | None) -> None:
+    if picture is None and Path(PICTURE).exists():
+        raise FileExistsError(f"{PICTURE} is there already: give --picture")
     shown = [p for p in found.pictures if p.things]
     shown = [shown[i * len(shown) // SHOWN] for i in range(SHOWN)] if len(shown) > SHOWN else shown
     if not shown:
@@ -58,8 +61,8 @@ def _draw(found: Findings, picture: str) -> None:
         file.write_text(json.dumps(found.coco(shown)))
         name = register_coco(str(file), str(found.folder))
         dicts = get_detection_dataset_dicts(name, filter_empty=False)
-        draw_annotations(dicts, MetadataCatalog.get(name), picture)
-    print(f"wrote {picture}")
+        file = draw_annotations(dicts, MetadataCatalog.get(name), picture or PICTURE)
+    print(f"wrote {file}")
 
 
 def convert(found: Findings, output: str) -> None:
@@ -70,7 +73,6 @@ def convert(found: Findings, output: str) -> None:
 
 def split(found: Findings, output: str, val: float, test: float, seed: int) -> None:
     """Write splits of all pictures."""
-    refuse_faults(found)
     fraction("--val", val)
     fraction("--test", test)
     if not 0 < val + test < 1:
@@ -92,7 +94,7 @@ def main(words: Sequence[str] | None = None) -> None:
     add = parser.add_argument
     add("--format", choices=[*FORMATS], help="by default the one that is found")
     add("--output", metavar="FOLDER", help="of convert and split")
-    add("--picture", default="data.png", metavar="FILE", help="of check (default: %(default)s)")
+    add("--picture", metavar="FILE", help=f"of check (default: {PICTURE}, if there is none yet)")
     add("--val", type=float, default=0.2, help="of split, a fraction (default: %(default)s)")
     add("--test", type=float, default=0.0, help="of split, a fraction (default: %(default)s)")
     add("--seed", type=int, default=0, help="of split (default: %(default)s)")

@@ -512,6 +512,8 @@ def test_a_folder_is_trained_on(shapes, tmp_path, run_train_net, capsys):
     (tmp_path / "data/train/labels").rename(tmp_path / "data/train/gone")
     assert run_train_net(*words, "--overwrite") == 2
     assert "train.json' holds other data" in capsys.readouterr().err
+    assert run_train_net("train.max_iter=1", "--format", "yolo") == 2
+    assert "--format yolo must stand with --data" in capsys.readouterr().err
     assert run_train_net("train.max_iter=1") == 2
     assert "--config-file must be a LazyConfig" in capsys.readouterr().err
 
@@ -657,3 +659,29 @@ def test_what_no_split_has_is_said(tmp_path):
     data = prepare_training(tmp_path, tmp_path / "made")
     assert "csv, split as train and val, 1 images of all left out; 1 and 1 images" in data.said
     assert not data.masks
+
+
+def test_a_picture_is_not_overwritten_unasked(tmp_path, monkeypatch, capsys):
+    _small("yolo", tmp_path / "data")
+    monkeypatch.chdir(tmp_path)
+    assert run_main(program, "check", "data") == 0
+    before = (tmp_path / "data.png").read_bytes()
+    (tmp_path / "data.png").write_bytes(b"mine")
+    assert run_main(program, "check", "data") == 0
+    assert "no picture is drawn: data.png is there already" in capsys.readouterr().out
+    assert (tmp_path / "data.png").read_bytes() == b"mine"
+    assert run_main(program, "check", "data", "--picture", "data.png") == 0
+    assert (tmp_path / "data.png").read_bytes()[:8] == before[:8]
+
+
+def test_images_of_yolo_behind_links_are_read(tmp_path):
+    _small("yolo", tmp_path / "disk")
+    (tmp_path / "data").mkdir()
+    shutil.copy(tmp_path / "disk/data.yaml", tmp_path / "data")
+    (tmp_path / "data/images").mkdir()
+    (tmp_path / "data/images/part").symlink_to(tmp_path / "disk/images")
+    (tmp_path / "data/labels").mkdir()
+    (tmp_path / "data/labels/part").symlink_to(tmp_path / "disk/labels")
+    _, found = read_folder(tmp_path / "data")
+    assert found.faults == []
+    assert sum(len(picture.things) for picture in found.pictures) == 2

@@ -29,7 +29,10 @@ def write_coco(
         ValueError: if there are faults.
         FileExistsError: if a file is there that says something else.
     """
-    refuse_faults(found)
+    if found.faults:
+        more = len(found.faults) - 1
+        others = f" (and {more} more: detbackbones data check lists all)" if more else ""
+        raise ValueError(f"{found.faults[0]}{others}")
     output = Path(output)
     texts = {output / f"{name}.json": json.dumps(found.coco(p)) for name, p in splits.items()}
     for file, text in texts.items():
@@ -75,7 +78,6 @@ def prepare_training(
         OSError: if there is no data, or the output holds other data.
     """
     name, found = read_folder(folder, format)
-    refuse_faults(found)
     splits = {split: [*pictures.values()] for split, pictures in found.splits.items()}
     val = next((split for split in ("val", "test") if splits.get(split)), None)
     if val and splits.get("train"):
@@ -95,18 +97,6 @@ def prepare_training(
     said = f"{folder}: {name}, {how}; {counts} images: wrote {' and '.join(map(str, files))}"
     said += "".join(f"\n{folder}: {note}" for note in found.notes)
     return Prepared(settings, type(None) not in kinds, said)
-
-
-def refuse_faults(found: Findings) -> None:
-    """Refuse a data set with faults.
-
-    Raises:
-        ValueError: names the first of them.
-    """
-    if found.faults:
-        more = len(found.faults) - 1
-        others = f" (and {more} more: detbackbones data check lists all)" if more else ""
-        raise ValueError(f"{found.faults[0]}{others}")
 
 
 def split_pictures(

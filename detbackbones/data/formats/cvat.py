@@ -23,11 +23,10 @@ def read(files: list[Path], found: Findings) -> None:
         found: gets what is in them.
     """
     for file in files:
-        try:
-            root, lines = read_xml(file)
-        except ValueError as error:
-            found.fault(file, None, str(error))
+        document = read_xml(file, found)
+        if document is None:
             continue
+        root, lines = document
         for track in root.iter("track"):
             found.fault(file, lines[track], "a track of a video must be an export 'for images'")
         labels = [(x.text or "").strip() for x in root.iterfind(".//label/name")]

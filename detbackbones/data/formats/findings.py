@@ -4,11 +4,13 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from ..coco_file import area, clip, is_polygon
 from ..images import SUFFIXES, image_size
+from .json import MADE, kind_of
 
 SPLITS = {
     **dict.fromkeys(("train", "training"), "train"),
@@ -16,7 +18,6 @@ SPLITS = {
     **dict.fromkeys(("test", "testing"), "test"),
 }
 ALL = "all"  # the split of what is in none
-MADE = "made by detbackbones data"  # files that say so are no data of the user's
 _CLOSE = 1e-3  # by which a fraction may be rounded beyond 0 or 1
 
 Where = int | str | None  # a line, or what an entry is called
@@ -66,7 +67,7 @@ class Findings:
 
     def __init__(self, folder: Path):
         self.folder = Path(os.path.abspath(folder))
-        self.files = _walk(self.folder)
+        self.files = walk(self.folder)
         self.images: dict[str, list[Path]] = {}
         for file in without_copies(self.files):
             self.images.setdefault(file.name, []).append(file)
@@ -76,6 +77,11 @@ class Findings:
         self.notes: list[str] = []
         self._told: dict[Path, tuple[Path | None, Where]] = {}  # where an image was spoken of
         self._unusable: set[Path] = set()
+
+    @cached_property
+    def json_kinds(self) -> dict[Path, str | None]:
+        """What the JSON files seem to be, see :func:`.json.kind_of`."""
+        return {file: kind_of(file) for file in self.files if file.suffix == ".json"}
 
     def fault(self, file: Path, where: Where, text: str) -> None:
         """Note what is wrong.
@@ -259,7 +265,8 @@ class Findings:
         return {"info": {"description": MADE}, **content}
 
 
-def _walk(folder: Path) -> list[Path]:
+def walk(folder: Path) -> list[Path]:
+    """All files below a folder, also behind links, sorted."""
     seen, found = set(), []
     for place, folders, files in os.walk(folder, followlinks=True):
         real = os.path.realpath(place)

@@ -3,12 +3,15 @@
 import json
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ...messages import first_line
 from ..coco_file import paused_collector
-from .findings import MADE, Findings
 
+if TYPE_CHECKING:
+    from .findings import Findings
+
+MADE = "made by detbackbones data"  # files that say so are no data of the user's
 _HEAD = 100_000  # bytes that are looked at
 _KEYS = {  # by any of which a file is told
     "labelme": ("shapes", "imageData", "imagePath", "imageHeight"),
@@ -17,17 +20,18 @@ _KEYS = {  # by any of which a file is told
 }
 
 
-def files_of(kind: str, found: Findings) -> list[Path]:
+def files_of(kind: str, found: "Findings") -> list[Path]:
     """The JSON files of a folder that seem to be of a kind.
 
     Args:
         kind: "coco", "labelme" or "label_studio".
         found: of the folder.
     """
-    return [file for file in found.files if file.suffix == ".json" and _kind(file) == kind]
+    return [file for file, its_kind in found.json_kinds.items() if its_kind == kind]
 
 
-def _kind(file: Path) -> str | None:
+def kind_of(file: Path) -> str | None:
+    """What a file seems to be: "coco", "labelme" or "label_studio", or else None."""
     with file.open("rb") as content:
         head = content.read(_HEAD).lstrip(b"\xef\xbb\xbf \t\r\n")
 
@@ -41,7 +45,7 @@ def _kind(file: Path) -> str | None:
     return next((kind for kind in ("labelme", "coco") if has(kind)), None)
 
 
-def read_json(file: Path, found: Findings) -> Any:
+def read_json(file: Path, found: "Findings") -> Any:
     """What a file holds; None and a fault if it is no JSON."""
     try:
         with paused_collector():

@@ -41,18 +41,16 @@ def tables(found: Findings) -> list[str]:
 
 def suspicions(found: Findings) -> list[str]:
     """What is right as it is written, and may yet be a mistake."""
-    said = []
-    splits = list(found.splits)
-    if len(splits) > 1:
-        where = {split: {*_labels(found, split)} for split in splits}
-        for name in found.names:
-            having = [split for split in splits if name in where[split]]
-            if len(having) == 1:
-                said.append(f"class {name!r} is in {having[0]} alone")
-    used = {thing.label for picture in found.pictures for thing in picture.things}
-    said += [f"class {name!r} has no object" for name in found.names if name not in used]
+    said, names, pictures = [], found.names, [*found.pictures]
+    where = {split: {*_labels(found, split)} for split in found.splits}
+    for name in names:
+        having = [split for split in where if name in where[split]]
+        if not having:
+            said.append(f"class {name!r} has no object")
+        elif len(having) == 1 < len(where):
+            said.append(f"class {name!r} is in {having[0]} alone")
     alike = defaultdict(list)
-    for name in found.names:
+    for name in names:
         alike["".join(name.lower().split())].append(name)
     said += [f"classes {few(names)} may be one" for names in alike.values() if len(names) > 1]
     said += _copies(found)
@@ -61,17 +59,16 @@ def suspicions(found: Findings) -> list[str]:
         "partly outside of their images": _sticks_out,
     }
     for what, wrong in kinds.items():
-        boxes = [(p, t) for p in found.pictures for t in p.things if wrong(p, t)]
+        boxes = [(p, t) for p in pictures for t in p.things if wrong(p, t)]
         if boxes:
             picture, thing = boxes[0]
             example = f"such as a {thing.label!r} in '{picture.file}'"
             said.append(f"{len(boxes)} boxes are {what}, {example}")
-    twice = sum(len(p.things) - len({(t.label, t.box) for t in p.things}) for p in found.pictures)
+    twice = sum(len(p.things) - len({(t.label, t.box) for t in p.things}) for p in pictures)
     if twice:
         said.append(f"{twice} objects are there twice")
-    silent = {x for files in found.images.values() for x in files} - {
-        p.file for p in found.pictures
-    }
+    every = {file for files in found.images.values() for file in files}
+    silent = every - {picture.file for picture in pictures}
     if silent:
         said.append(f"of {len(silent)} images nothing is said, such as '{min(silent)}'")
     return said

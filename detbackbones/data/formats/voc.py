@@ -26,11 +26,10 @@ def read(files: list[Path], found: Findings) -> None:
     splits = _splits(found)
     boxes = []
     for file in files:
-        try:
-            root, lines = read_xml(file)
-        except ValueError as error:
-            found.fault(file, None, str(error))
+        document = read_xml(file, found)
+        if document is None:
             continue
+        root, lines = document
         name = (root.findtext("filename") or "").strip() or f"{file.stem}.jpg"
         name = name if Path(name).suffix else f"{name}.jpg"
         image = found.locate(name, file)

@@ -20,11 +20,10 @@ def _begins(file: Path, root: str) -> bool:
         return bool(re.search(rf"<{root}[\s>]".encode(), content.read(2000)))
 
 
-def read_xml(file: Path) -> tuple[ElementTree.Element, Lines]:
-    """The root of a document, and the lines of its elements.
+def read_xml(file: Path, found: Findings) -> tuple[ElementTree.Element, Lines] | None:
+    """The root of a document and the lines of its elements; None and a fault if it cannot be read.
 
-    Raises:
-        ValueError: if it is no XML, or declares entities; one sentence with the line.
+    It must be XML and declare no entities.
     """
     builder, lines = ElementTree.TreeBuilder(), {}
     parser = expat.ParserCreate()
@@ -33,9 +32,7 @@ def read_xml(file: Path) -> tuple[ElementTree.Element, Lines]:
         lines[builder.start(name, attributes)] = parser.CurrentLineNumber
 
     def refuse(*_: object) -> None:
-        raise ValueError(
-            f"line {parser.CurrentLineNumber}: it declares an entity, which is not read"
-        )
+        raise ValueError("it declares an entity, which is not read")
 
     parser.StartElementHandler = start
     parser.EndElementHandler = builder.end
@@ -44,8 +41,12 @@ def read_xml(file: Path) -> tuple[ElementTree.Element, Lines]:
     try:
         parser.Parse(file.read_bytes(), True)
     except expat.ExpatError as error:
-        reason = expat.ErrorString(error.code)
-        raise ValueError(f"line {error.lineno}: it must be XML: {reason}") from error
+        found.fault(file, error.lineno, f"it must be XML: {expat.ErrorString(error.code)}")
+        return None
     except LookupError as error:  # an encoding that there is not
-        raise ValueError(f"line 1: it must be XML: {error}") from error
+        found.fault(file, 1, f"it must be XML: {error}")
+        return None
+    except ValueError as error:
+        found.fault(file, parser.CurrentLineNumber, str(error))
+        return None
     return builder.close(), lines

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from ...messages import first_line
-from .findings import SPLITS, Findings, are_fractions, numbers, without_copies
+from .findings import SPLITS, Findings, are_fractions, numbers, walk, without_copies
 
 
 def find(found: Findings) -> list[Path]:
@@ -89,8 +89,8 @@ def _images(file: Path, content: dict[str, Any], key: str, found: Findings) -> I
                 if line.strip() and (image := found.locate(line, place, number)):
                     yield image
         else:
-            paths = place.rglob("*") if place.is_dir() else map(Path, glob.glob(str(place)))
-            images = without_copies(sorted(paths))
+            paths = walk(place) if place.is_dir() else sorted(map(Path, glob.glob(str(place))))
+            images = without_copies(paths)
             if not images:
                 found.fault(file, None, f"{key}={word!r} must hold images")
             yield from (Path(os.path.normpath(image)) for image in images)
