@@ -1,6 +1,10 @@
 """Any timm or torchvision model as a detectron2 backbone."""
 
 import warnings
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .deploy import Predictor
 
 _MISSING = ""
 try:
@@ -33,7 +37,6 @@ else:
         list_hf_hub_backbones,
     )
     from .config import add_backbone_config, get_config, list_configs, load_config
-    from .deploy import Predictor
     from .detr import TransformersDetector, TransformersSegmenter
     from .heads import DPTHead, LinearHead
 
@@ -70,4 +73,8 @@ __all__ = [
 def __getattr__(name: str) -> object:
     if _MISSING and name in __all__:
         raise ImportError(_MISSING)
+    if name == "Predictor":  # it brings training and its plots, which a backbone does without
+        from .deploy import Predictor
+
+        return Predictor
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -23,17 +23,24 @@ from collections.abc import Sequence
 from ..deploy.predict import MAPS, OBJECTS, predict_files
 from ..deploy.predictor import Predictor
 from ..deploy.sources import list_sources
+from ..messages import fraction, whole_number
 from ..training.log import without_warnings_of_torch
 from .program import fail, new_parser
 
 
 def _predict(args: argparse.Namespace) -> list[str]:
+    fraction("--threshold", args.threshold)
+    if args.nms is not None:
+        fraction("--nms", args.nms)
+    whole_number("--batch", args.batch)
+    whole_number("--every", args.every)
     predictor = Predictor(
         args.run,
         config=args.config_file,
         device=args.device,
         score_threshold=args.threshold,
         nms_threshold=args.nms,
+        classes=args.classes,
         trust=args.trust,
     )
     print(f"weights of {predictor.checkpoint}", file=sys.stderr)
@@ -59,6 +66,7 @@ def main(words: Sequence[str] | None = None) -> None:
     add("--save", nargs="+", choices=kinds, metavar="KIND", default=["pictures"])
     add("--threshold", type=float, default=0.5, help="lowest score (default: %(default)s)")
     add("--nms", type=float, metavar="IOU", help="keep the best of boxes of a class that overlap")
+    add("--classes", nargs="+", metavar="NAME", help="write objects of these alone")
     add("--batch", type=int, default=1, metavar="N", help="images at once")
     add("--tile", type=int, metavar="PIXELS", help="cut images into tiles of this side")
     add("--overlap", type=float, default=0.2, help="of tiles (default: %(default)s of the side)")

@@ -87,12 +87,12 @@ def predict_files(
         for video in videos:
             try:
                 with ExitStack() as films:
-                    film = []
+                    taking = [*tables]
                     if "pictures" in save:
-                        film = [Film(output / f"{video.name}.mp4", video.file, every)]
-                        films.callback(film[0].close)
+                        film = Film(output / f"{video.name}.mp4", video.file, every)
+                        taking.append(films.enter_context(closing(film)))
                     for batch in _batches(_frames(predictor, video, every), batch_size):
-                        write(batch, [*tables, *film])
+                        write(batch, taking)
                         bar.update(len(batch))
             except OSError as error:
                 faults.append(str(error))
@@ -147,8 +147,8 @@ def _find(
     """The objects in each image; one that the model cannot take is left out."""
     try:
         if tile is None:
-            found = map(predictor.detections, predictor.predict([item.pixels for item in items]))
-            found = [*found]
+            predictions = predictor.predict([item.pixels for item in items])
+            found = [predictor.detections(prediction) for prediction in predictions]
         else:
             found = [predictor.predict_tiled(item.pixels, tile, overlap) for item in items]
     except ValueError as error:

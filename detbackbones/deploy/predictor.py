@@ -1,6 +1,5 @@
 """Predictor: a trained detector or segmenter that takes images as people have them."""
 
-import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,8 +30,6 @@ if TYPE_CHECKING:
 
 ImageLike = str | Path | np.ndarray | Image.Image | torch.Tensor
 
-logger = logging.getLogger(__name__)
-
 
 class Predictor:
     """A trained detector or segmenter.
@@ -62,6 +59,7 @@ class Predictor:
         device: str = "auto",
         score_threshold: float = 0.5,
         nms_threshold: float | None = None,
+        classes: Sequence[str] | None = None,
         trust: bool = False,
     ):
         """
@@ -74,6 +72,7 @@ class Predictor:
             score_threshold: objects with a lower score are left out.
             nms_threshold: of objects of one class whose boxes overlap by more than this IoU the
                 best is kept; None is for what the detector itself does.
+            classes: names of those whose objects are given; None is for all.
             trust: let a config call code of other packages.
 
         Raises:
@@ -93,6 +92,11 @@ class Predictor:
             record = _record_of(self.checkpoint, config, trust)
         self.classes: list[str] = record["thing_classes"] or record["stuff_classes"]
         self.gives_objects = bool(record["thing_classes"])
+        if classes and not self.gives_objects:
+            raise ValueError(f"classes={[*classes]} must be left out for a model of label maps")
+        for name in classes or ():
+            one_of("classes", name, self.classes)
+        self._wanted = torch.tensor([not classes or name in classes for name in self.classes])
         self.categories: list[int] = record["categories"] or [*range(1, len(self.classes) + 1)]
         self.model, self._mapper = self._build(record)
         self.model.to(("cuda" if gpu else "cpu") if device == "auto" else device)
@@ -264,6 +268,7 @@ class Predictor:
         if not isinstance(value, Instances):
             return value
         value = value[value.scores >= self.score_threshold].to("cpu")
+        value = value[self._wanted[value.pred_classes]]
         if self.nms_threshold is None:
             return value
         boxes, classes = value.pred_boxes.tensor, value.pred_classes

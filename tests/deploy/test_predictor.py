@@ -415,3 +415,40 @@ def test_files_of_one_name_are_refused(runs, tmp_path, capsys):
     words = [folder / "faster_rcnn", tmp_path / "a", tmp_path / "b", "--output", tmp_path / "found"]
     assert run_main(predict, *words) == 2
     assert "images must have different names" in capsys.readouterr().err
+
+
+def test_classes_are_chosen(runs, tmp_path, capsys):
+    folder, image, _ = runs
+    every = Predictor(folder / "faster_rcnn", score_threshold=0)(image)["instances"]
+    squares = Predictor(folder / "faster_rcnn", score_threshold=0, classes=["square"])
+    found = squares(image)["instances"]
+    assert set(found.pred_classes.tolist()) == {1}
+    assert 0 < len(found) == (every.pred_classes == 1).sum() < len(every)
+    with pytest.raises(ValueError, match="classes='sqare' is unknown: valid are 'circle', 'squ"):
+        Predictor(folder / "faster_rcnn", classes=["sqare"])
+    with pytest.raises(ValueError, match="must be left out for a model of label maps"):
+        Predictor(folder / "semantic_fpn", classes=["class_0"])
+    words = [folder / "faster_rcnn", image, "--output", tmp_path / "found", "--threshold", 0]
+    assert run_main(predict, *words, "--save", "csv", "--classes", "square") == 0
+    rows = [*csv.DictReader((tmp_path / "found/boxes.csv").open(newline=""))]
+    assert {row["class_name"] for row in rows} == {"square"}
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--threshold", 2], "--threshold=2.0 must be a number from 0 to 1"),
+        (["--nms", -1], "--nms=-1.0 must be a number from 0 to 1"),
+        (["--batch", 0], "--batch=0 must be a whole number from 1"),
+        (["--every", 0], "--every=0 must be a whole number from 1"),
+        (["--tile", 0], "tile=0 must be a whole number from 1"),
+        (["--tile", 9, "--overlap", 1], "overlap=1.0 must be a fraction, from 0 to below 1"),
+        (["--device", "gpu"], "device='gpu' is unknown: valid are 'auto', 'cpu'"),
+    ],
+)
+def test_a_wrong_argument_is_named(runs, tmp_path, capsys, words, said):
+    folder, image, _ = runs
+    every = [folder / "faster_rcnn", image, "--output", tmp_path / "found", *words]
+    assert run_main(predict, *every) == 2
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "found").exists()
