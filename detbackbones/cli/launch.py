@@ -36,15 +36,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("opts", nargs="*", metavar="key=value", help="overrides of the config")
 
 
-def read_config(args: argparse.Namespace, *, trains: bool) -> DictConfig:
-    """The config with its overrides, checked; of the training data only if it trains."""
+def load_asked(args: argparse.Namespace) -> DictConfig:
+    """The config that --config-file names."""
     if not args.config_file:
         raise ValueError("--config-file must be a LazyConfig: its path or name")
     try:
         file = find_config(args.config_file)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"--config-file {error}") from None
-    cfg = load_config(file, trust=args.trust)
+    return load_config(file, trust=args.trust)
+
+
+def read_config(args: argparse.Namespace, *, trains: bool) -> DictConfig:
+    """The config with its overrides, checked; of the training data only if it trains."""
+    cfg = load_asked(args)
     name = f"--config-file {args.config_file}"
     return check_config(cfg, args.opts, name, trains=trains)
 

@@ -32,9 +32,10 @@ from ..training.find_lr import find_lr
 from ..training.interrupt import Interrupted
 from ..training.log import RUN_ERRORS, logging_to
 from ..training.output import reserved
-from ..training.run import fit, prepare
+from ..training.overrides import apply_overrides
+from ..training.run import fit, prepare, with_train_settings
 from . import eval as evaluation
-from .launch import WRONG_INPUT, add_arguments, start
+from .launch import WRONG_INPUT, add_arguments, load_asked, start
 from .program import fail, new_parser
 
 
@@ -84,16 +85,17 @@ def _has(args: argparse.Namespace, key: str) -> bool:
 
 def _take_data(args: argparse.Namespace) -> None:
     """Give the arguments the config and the files of a folder of data."""
-    key = "train.output_dir="
-    output = next((w.removeprefix(key) for w in reversed(args.opts) if w.startswith(key)), "output")
-    output = output.strip("'\"")
+    default = not args.config_file
+    args.config_file = args.config_file or "finetune/faster_rcnn.py"
     try:
-        data = prepare_training(args.data, Path(output, "data"), args.format)
+        cfg = with_train_settings(load_asked(args))
+        apply_overrides(cfg, [word for word in args.opts if word.startswith("train.output_dir=")])
+        data = prepare_training(args.data, Path(cfg.train.output_dir, "data"), args.format)
     except WRONG_INPUT as error:
         fail("train", error)
     print(data.said)
-    config = "finetune/mask_rcnn.py" if data.masks else "finetune/faster_rcnn.py"
-    args.config_file = args.config_file or config
+    if default and data.masks:
+        args.config_file = "finetune/mask_rcnn.py"
     args.opts = [*(f"{name}={value}" for name, value in data.settings.items()), *args.opts]
 
 
@@ -111,6 +113,8 @@ def main(words: Sequence[str] | None = None) -> None:
     args = parser.parse_intermixed_args(words)
     if args.data:
         _take_data(args)
+    elif args.format:
+        fail("train", f"--format {args.format} must stand with --data")
     tools = {"--find-lr": find_lr, "--find-batch": find_batch}
     given = [key for key in (*tools, "--resume", "--overwrite", "--eval-only") if _has(args, key)]
     if given and given[0] in tools:

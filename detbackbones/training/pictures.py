@@ -83,8 +83,7 @@ def draw_predictions(
         sides = [[r for r in side if r.name not in UNPAINTED] for side in (truth, predicted)]
         drawn.update(region.name for side in sides for region in side)
         rows.append([_draw(pixels, side, colors) for side in sides])
-    legend = {name: colors[name] for name in colors if name in drawn}
-    return _save(rows, ("ground truth", "prediction"), legend, path)
+    return _save(rows, ("ground truth", "prediction"), colors, drawn, path)
 
 
 def draw_batch(
@@ -114,8 +113,7 @@ def draw_batch(
         regions = [region for region in regions if region.name not in UNPAINTED]
         drawn.update(region.name for region in regions)
         pictures.append(_draw(pixels, regions, colors))
-    legend = {name: colors[name] for name in colors if name in drawn}
-    return _save(_in_twos(pictures), ("what the model sees", ""), legend, path)
+    return _save(_in_twos(pictures), ("what the model sees", ""), colors, drawn, path)
 
 
 def draw_annotations(
@@ -137,8 +135,7 @@ def draw_annotations(
         regions = _truth(image, "instances", pixels.shape[:2], metadata)
         drawn.update(region.name for region in regions)
         pictures.append(_draw(pixels, regions, colors))
-    legend = {name: colors[name] for name in colors if name in drawn}
-    return _save(_in_twos(pictures), ("what is annotated", ""), legend, path)
+    return _save(_in_twos(pictures), ("what is annotated", ""), colors, drawn, path)
 
 
 def _in_twos(pictures: list[np.ndarray]) -> list[list[np.ndarray]]:
@@ -295,9 +292,11 @@ def _save(
     rows: list[list[np.ndarray]],
     titles: Sequence[str],
     colors: dict[str, tuple[float, ...]],
+    drawn: set[str],
     path: str | Path,
 ) -> Path:
-    """Place the pictures pixel by pixel, below titles and above a legend."""
+    """Place the pictures pixel by pixel, below titles and above a legend of what is drawn."""
+    colors = {name: color for name, color in colors.items() if name in drawn}
     columns = max(2 * CELL // (60 + 10 * max(map(len, colors), default=0)), 1)
     cells = [CELL * picture.shape[0] // PANEL for picture, _ in rows]
     footer = 20 + 25 * -(-len(colors) // columns)

@@ -118,6 +118,13 @@ def evaluate(cfg: DictConfig) -> Results:
         return results
 
 
+def with_train_settings(cfg: DictConfig) -> DictConfig:
+    """A copy of a config whose ``train`` has all settings of this package."""
+    cfg = copy.deepcopy(cfg)
+    cfg.train = OmegaConf.merge(get_config("common/train.py").train, cfg.get("train", {}))
+    return cfg
+
+
 def check_config(
     cfg: DictConfig,
     overrides: Sequence[str] = (),
@@ -139,8 +146,7 @@ def check_config(
     for key in ("model", "dataloader", "optimizer", "lr_multiplier"):
         if key not in cfg:
             raise ValueError(f"{name} has no {key!r}")
-    cfg = copy.deepcopy(cfg)
-    cfg.train = OmegaConf.merge(get_config("common/train.py").train, cfg.get("train", {}))
+    cfg = with_train_settings(cfg)
     check_settings(apply_overrides(cfg, list(overrides)), trains=trains)
     settings = cfg.train
     one_of("train.amp.dtype", settings.amp.dtype, AMP_DTYPES)
