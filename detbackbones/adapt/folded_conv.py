@@ -8,10 +8,11 @@ from timm.layers import Conv2dSame
 from timm.layers.padding import pad_same
 from torch import nn
 
+from .depthwise import TrainsInFloat32
 from .norm import FrozenBatchNorm2d
 
 
-class FoldedConv2d(nn.Conv2d):
+class FoldedConv2d(TrainsInFloat32):
     """A convolution and the frozen batch norm after it: ``conv(x, weight * scale) + shift``.
 
     Weight and bias are the convolution's own, trainable as they are. Where they need no gradient

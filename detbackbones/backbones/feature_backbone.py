@@ -14,6 +14,7 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling import Backbone
 from torch import nn
 
+from ..adapt.depthwise import train_depthwise_in_float32
 from ..adapt.fold import fold_norms
 from ..adapt.freeze import freeze, frozen_part
 from ..adapt.grad_checkpointing import Checkpoints
@@ -126,6 +127,7 @@ class FeatureBackbone(Backbone):
             add_lora(extractor, lora_rank, fit.trace.modules.keys() - frozen)
         if fold:
             _fold(extractor, fit, source.in_channels)
+        train_depthwise_in_float32(extractor)
         if compile:
             extractor.compile(dynamic=True)
 
