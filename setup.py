@@ -68,6 +68,7 @@ setup(
         "detr": ["scipy", "transformers>=5.23"],
         "lora": ["peft"],
         "predict": ["supervision>=0.31"],
+        "export": ["nncf", "onnx", "onnxruntime", "onnxscript", "openvino"],
         "docs": ["mkdocs-material", "mkdocstrings[python]"],
         "track": ["mlflow-skinny", "wandb"],
         "test": ["playwright", "pytest", "pytest-xdist", "ruff", "scikit-image"],

@@ -27,7 +27,7 @@ fi
 
 rm -f "$stamp"
 export PIP_CONSTRAINT=tools/constraints.txt
-.venv/bin/python -m pip install --disable-pip-version-check -e '.[detr,docs,lora,predict,test,track]' >&2
+.venv/bin/python -m pip install --disable-pip-version-check -e '.[detr,docs,export,lora,predict,test,track]' >&2
 .venv/bin/detbackbones install-detectron2
 echo "$wanted" >"$stamp"
 echo "setup_env: .venv is ready; activate it with . .venv/bin/activate" >&2

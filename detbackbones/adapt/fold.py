@@ -89,6 +89,19 @@ def _fold(model: nn.Module, pairs: Pairs) -> None:
         norm.folded = True
 
 
+def unfold(model: nn.Module) -> nn.Module:
+    """A copy of a model in eval mode, whose folded convolutions are plain ones: for an exporter.
+
+    Args:
+        model: in any mode.
+    """
+    model = copy.deepcopy(model).eval()
+    for name, module in [*model.named_modules()]:
+        if isinstance(module, FoldedConv2d):
+            model.set_submodule(name, module.plain())
+    return model
+
+
 def _agree(output: torch.Tensor, expected: torch.Tensor) -> bool:
     difference = (output - expected).abs().max()
     return bool(difference <= TOLERANCE * expected.abs().max())

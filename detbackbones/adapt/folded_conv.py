@@ -61,6 +61,18 @@ class FoldedConv2d(TrainsInFloat32):
         weight, bias = self._remember(x) if remembers else self._product()
         return self._conv_forward(x, weight, bias)
 
+    def plain(self) -> nn.Conv2d:
+        """The same as a convolution of torch or timm, with a weight and a bias of its own."""
+        shape = (self.in_channels, self.out_channels, self.kernel_size, self.stride, self.padding)
+        if self.same:
+            conv = Conv2dSame(*shape, self.dilation, self.groups)
+        else:
+            mode = {"padding_mode": self.padding_mode}
+            conv = nn.Conv2d(*shape, self.dilation, self.groups, **mode)
+        weight, bias = self._product()
+        conv.weight, conv.bias = nn.Parameter(weight.detach()), nn.Parameter(bias.detach())
+        return conv.train(self.training)
+
     def _remember(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The product in the type and memory format in which the convolution of x takes it."""
         factors = [*self._parameters.values(), *self._norm[0]._buffers.values()]

@@ -288,6 +288,11 @@ class FeatureBackbone(Backbone):
         return self._sizes.img_size
 
     @property
+    def probe_size(self) -> tuple[int, int]:
+        """The (height, width) of an image that the model takes without padding, a small one."""
+        return self._sizes.probe
+
+    @property
     def resampled(self) -> list[str]:
         """Levels whose own grid is no whole fraction of the image, and is resampled to one."""
         return [name for name, (_, level) in self._levels.items() if level.resampled]

@@ -17,6 +17,7 @@ COMMANDS = {
     "train": "train a detector from a config",
     "eval": "evaluate a trained detector",
     "predict": "predict what is in images and videos",
+    "export": "export a detector or a backbone to ONNX, OpenVINO, TorchScript or .pt2",
     "list": "list backbones with their size, levels and weights",
     "layers": "find the modules of a model that can be levels",
     "probe": "compare frozen backbones by a head for semantic segmentation",

@@ -45,8 +45,10 @@ class Predictor:
 
     Attributes:
         model: the detector.
+        mapper: what makes its inputs of images.
         classes: the names of its classes, in order.
         categories: the ids that the classes have in the JSON file of the training.
+        channels, max_value: of the images, see :func:`detbackbones.data.images.read_image`.
         gives_objects: whether it gives objects, or else label maps.
         checkpoint: the file that the weights are of.
     """
@@ -98,10 +100,10 @@ class Predictor:
             one_of("classes", name, self.classes)
         self._wanted = torch.tensor([not classes or name in classes for name in self.classes])
         self.categories: list[int] = record["categories"] or [*range(1, len(self.classes) + 1)]
-        self.model, self._mapper = self._build(record)
+        self.model, self.mapper = self._build(record)
         self.model.to(("cuda" if gpu else "cpu") if device == "auto" else device)
-        self._channels = getattr(self._mapper, "channels", 3)
-        self._max_value = getattr(self._mapper, "max_value", None)
+        self.channels = getattr(self.mapper, "channels", 3)
+        self.max_value = getattr(self.mapper, "max_value", None)
 
     def _build(self, record: dict[str, Any]) -> tuple[nn.Module, DatasetMapper]:
         try:
@@ -153,10 +155,20 @@ class Predictor:
         Returns:
             as a call.
         """
-        inputs = [self._input(image) for image in images]
+        inputs = [self.prepare(image) for image in images]
         with torch.no_grad():
             outputs = self.model(inputs) if inputs else []
         return [{key: self._kept(value) for key, value in output.items()} for output in outputs]
+
+    def prepare(self, image: np.ndarray) -> dict[str, Any]:
+        """What the model takes of an image of :meth:`read`, as the mapper makes it of a file."""
+        if image.shape[2] == 3 and self.mapper.image_format == "BGR":
+            image = image[:, :, ::-1]
+        inputs = QuickAugInput(np.ascontiguousarray(image))
+        self.mapper.augmentations(inputs)
+        height, width = image.shape[:2]
+        pixels = torch.as_tensor(np.ascontiguousarray(inputs.image)).permute(2, 0, 1)
+        return {"image": pixels, "height": height, "width": width}
 
     def detections(self, image: ImageLike | dict[str, Any]) -> "Detections":
         """The objects in an image as supervision has them, with ``class_name`` in their data.
@@ -229,7 +241,7 @@ class Predictor:
         Raises:
             OSError, ValueError: as of a call.
         """
-        channels, max_value = self._channels, self._max_value
+        channels, max_value = self.channels, self.max_value
         if isinstance(image, str | Path):
             if "://" in str(image):
                 raise ValueError(f"image={image!r} must be a file: download it first")
@@ -249,16 +261,6 @@ class Predictor:
                 f"image of {type(image).__name__} must be a path, a PIL image, an array or a tensor"
             )
         return as_image(image, "image", channels, max_value)
-
-    def _input(self, image: np.ndarray) -> dict[str, Any]:
-        """What the model takes, as the mapper makes it of a file."""
-        if image.shape[2] == 3 and self._mapper.image_format == "BGR":
-            image = image[:, :, ::-1]
-        inputs = QuickAugInput(np.ascontiguousarray(image))
-        self._mapper.augmentations(inputs)
-        height, width = image.shape[:2]
-        pixels = torch.as_tensor(np.ascontiguousarray(inputs.image)).permute(2, 0, 1)
-        return {"image": pixels, "height": height, "width": width}
 
     def _kept(self, value: Any) -> Any:
         if isinstance(value, tuple):  # of segments, and what they are

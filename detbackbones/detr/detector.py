@@ -161,9 +161,14 @@ class TransformersDetector(NormalizesImages):
         """What the losses of a batch are divided by: its boxes, in the mean over the processes."""
         return mean_per_process(sum(len(x["instances"]) for x in batched_inputs))
 
+    @property
+    def frame_is_padded(self) -> bool:
+        """Whether boxes are fractions of the padded image, and not of the image itself."""
+        return ARCHITECTURES[self.architecture].padded_boxes
+
     def _frames(self, images: ImageList) -> list[tuple[int, int]]:
         """The (height, width) that the boxes of each image are fractions of."""
-        if ARCHITECTURES[self.architecture].padded_boxes:
+        if self.frame_is_padded:
             return [tuple(images.tensor.shape[-2:])] * len(images)
         return images.image_sizes
 
@@ -220,7 +225,7 @@ class TransformersDetector(NormalizesImages):
                 width = batched_inputs[i].get("width", size[1])
                 found = detector_postprocess(found, height, width)
                 if self.masks:
-                    logits = upsampled(outputs.pred_masks[n, found.queries].float(), images)
+                    logits = upsampled(outputs.pred_masks[n, found.queries].float(), images.tensor)
                     found.pred_masks = sem_seg_postprocess(logits, size, height, width) > 0
                 found.remove("queries")
                 results[i] = {"instances": found}
@@ -229,9 +234,29 @@ class TransformersDetector(NormalizesImages):
     def _detections(
         self, images: ImageList, logits: torch.Tensor, boxes: torch.Tensor
     ) -> list[Instances]:
-        """The best pairs of query and class, with the number of the query.
+        """The best pairs of query and class, with the number of the query."""
+        detections = []
+        for frame, size, scores, classes, queries, fractions in zip(
+            self._frames(images), images.image_sizes, *self.best_pairs(logits, boxes)
+        ):
+            found = Instances(size)
+            found.queries = queries
+            found.pred_boxes = Boxes(fractions * fractions.new_tensor([*frame[::-1], *frame[::-1]]))
+            found.scores, found.pred_classes = scores, classes
+            detections.append(found)
+        return detections
+
+    def best_pairs(self, logits: torch.Tensor, boxes: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """The best pairs of query and class of each image, the best first.
 
         A query may be there for several classes, but of a softmax for its best alone.
+
+        Args:
+            logits, boxes: what the model of transformers gives for N images.
+
+        Returns:
+            scores, classes and numbers of the queries (N, n), and boxes (N, n, 4) as x0, y0, x1,
+            y1, fractions of the frame, see :attr:`frame_is_padded`.
         """
         count, logits = self.num_classes * logits.shape[1], logits.float()
         if ARCHITECTURES[self.architecture].no_object:
@@ -239,19 +264,11 @@ class TransformersDetector(NormalizesImages):
             probabilities = probabilities * (probabilities == probabilities.amax(-1, keepdim=True))
         else:
             probabilities = logits.sigmoid()
-        detections = []
-        for frame, size, scores, cxcywh in zip(
-            self._frames(images), images.image_sizes, probabilities, boxes.float()
-        ):
-            best, index = scores.flatten().topk(min(self.test_topk_per_image, count))
-            found = Instances(size)
-            found.queries = index // self.num_classes
-            xyxy = box_convert(cxcywh[found.queries], "cxcywh", "xyxy")
-            found.pred_boxes = Boxes(xyxy * xyxy.new_tensor([*frame[::-1], *frame[::-1]]))
-            found.scores = best
-            found.pred_classes = index % self.num_classes
-            detections.append(found)
-        return detections
+        scores, index = probabilities.flatten(1).topk(min(self.test_topk_per_image, count))
+        queries = index // self.num_classes
+        xyxy = box_convert(boxes.float(), "cxcywh", "xyxy")
+        xyxy = xyxy.gather(1, queries[..., None].expand(-1, -1, 4))
+        return scores, index % self.num_classes, queries, xyxy
 
     def save_pretrained(self, folder: str, class_names: Sequence[str] | None = None) -> None:
         """Write the detector as ``transformers.AutoModelForObjectDetection`` reads it.

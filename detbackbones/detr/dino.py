@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from detectron2.layers.wrappers import shapes_to_tensor
 from huggingface_hub.dataclasses import strict
 from torch import nn
 from torchvision.ops import box_convert, generalized_box_iou_loss, sigmoid_focal_loss
@@ -159,7 +160,7 @@ class Dino(DeformableDetrModel):
         """
         memory = self._encode(pixel_values, pixel_mask)
         proposals = self._propose(memory)
-        queries = self.query_content.weight.expand(len(pixel_values), -1, -1)
+        queries = self.query_content.weight.expand(pixel_values.shape[0], -1, -1)
         boxes, mask, noise, count = proposals["pred_boxes"].detach(), None, None, 0
         if self.training and labels is not None:
             noised, noised_boxes, mask, noise = self._denoise(labels)
@@ -192,7 +193,7 @@ class Dino(DeformableDetrModel):
             for mask, embed in zip(masks, self.level_embed)
         ]
         mask = torch.cat([mask.flatten(1) for mask in masks], 1)
-        sizes = torch.tensor(shapes, device=mask.device)
+        sizes = torch.stack([shapes_to_tensor(shape, mask.device) for shape in shapes])
         levels = {
             "spatial_shapes": sizes,
             "spatial_shapes_list": shapes,
@@ -200,7 +201,7 @@ class Dino(DeformableDetrModel):
         }
         valid_ratios = torch.stack([self.get_valid_ratio(mask) for mask in masks], 1)
         tokens = self.encoder(
-            inputs_embeds=torch.cat([level.flatten(2).mT for level in maps], 1),
+            inputs_embeds=torch.cat([level.flatten(2).transpose(1, 2) for level in maps], 1),
             attention_mask=mask,
             spatial_position_embeddings=torch.cat(positions, 1),
             valid_ratios=valid_ratios,
@@ -226,8 +227,8 @@ class Dino(DeformableDetrModel):
         boxes = (self.bbox_embed[-1](features) + start).sigmoid()
         best = logits.max(-1).values.topk(self.config.num_queries, dim=1).indices[..., None]
         return {
-            "logits": logits.take_along_dim(best, 1),
-            "pred_boxes": boxes.take_along_dim(best, 1),
+            "logits": logits.gather(1, best.expand(-1, -1, logits.shape[2])),
+            "pred_boxes": boxes.gather(1, best.expand(-1, -1, 4)),
         }
 
     def _denoise(self, labels: Labels) -> tuple:

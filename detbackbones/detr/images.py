@@ -82,11 +82,10 @@ class NormalizesImages(nn.Module):
 
 def images_and_mask(images: ImageList) -> dict[str, torch.Tensor]:
     """Images as transformers takes them: ``pixel_values`` and ``pixel_mask``."""
-    n, _, height, width = images.tensor.shape
-    mask = torch.zeros((n, height, width), dtype=torch.long, device=images.tensor.device)
-    for i, (h, w) in enumerate(images.image_sizes):
-        mask[i, :h, :w] = 1
-    return {"pixel_values": images.tensor, "pixel_mask": mask}
+    device, (height, width) = images.tensor.device, images.tensor.shape[-2:]
+    rows, columns = torch.arange(height, device=device), torch.arange(width, device=device)
+    masks = [(rows < h)[:, None] & (columns < w) for h, w in images.image_sizes]
+    return {"pixel_values": images.tensor, "pixel_mask": torch.stack(masks).long()}
 
 
 def check_classes(classes: torch.Tensor, count: int) -> None:
@@ -125,10 +124,9 @@ def true_masks(instances: Instances, size: tuple[int, int]) -> torch.Tensor:
     return padded
 
 
-def upsampled(masks: torch.Tensor, images: ImageList) -> torch.Tensor:
-    """Maps (n, h, w) of a padded image, of the padded images' size."""
-    size = images.tensor.shape[-2:]
-    return F.interpolate(masks[None], size, mode="bilinear", align_corners=False)[0]
+def upsampled(masks: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
+    """Maps (n, h, w) of a padded image, of the size of the padded images (N, C, H, W)."""
+    return F.interpolate(masks[None], images.shape[-2:], mode="bilinear", align_corners=False)[0]
 
 
 def _backbones_own(backbone: Backbone, key: str) -> Sequence[float]:

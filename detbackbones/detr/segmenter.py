@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from detectron2.modeling import Backbone
 from detectron2.modeling.postprocessing import sem_seg_postprocess
-from detectron2.structures import BitMasks, Instances
+from detectron2.structures import Boxes, Instances
 
 from ..data.semantic import IGNORE_LABEL
 from ..messages import fraction, one_of, whole_number
@@ -174,11 +174,6 @@ class TransformersSegmenter(NormalizesImages):
         return labels, torch.cat(masks)
 
     def _inference(self, batched_inputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        give = {
-            "instance": self._instances,
-            "semantic": self._semantic,
-            "panoptic": self._panoptic,
-        }[self.task]
         results: dict[int, dict[str, Any]] = {}
         for indices, images in self.groups_of_one_size(batched_inputs):
             outputs = self.model(pixel_values=images.tensor)
@@ -190,11 +185,25 @@ class TransformersSegmenter(NormalizesImages):
             ):
                 height = batched_inputs[i].get("height", size[0])
                 width = batched_inputs[i].get("width", size[1])
-                masks = upsampled(masks, images)
+                masks = upsampled(masks, images.tensor)
                 masks = sem_seg_postprocess(masks, size, height, width).sigmoid()
                 with torch.autocast(self.device.type, enabled=False):
-                    results[i] = give(logits.softmax(-1)[:, :-1], masks)
+                    results[i] = self.task_results(logits.softmax(-1)[:, :-1], masks)
         return [results[i] for i in range(len(batched_inputs))]
+
+    def task_results(self, scores: torch.Tensor, masks: torch.Tensor) -> dict[str, Any]:
+        """What the task gives for an image, see :meth:`forward`.
+
+        Args:
+            scores: (queries, classes).
+            masks: probabilities (queries, height, width).
+        """
+        give = {
+            "instance": self._instances,
+            "semantic": self._semantic,
+            "panoptic": self._panoptic,
+        }[self.task]
+        return give(scores, masks)
 
     def _instances(self, scores: torch.Tensor, masks: torch.Tensor) -> dict[str, Instances]:
         """The best pairs of query and class; a query may be there for several classes.
@@ -214,7 +223,7 @@ class TransformersSegmenter(NormalizesImages):
         found.pred_masks = bits[order]
         found.scores = (best * sure)[order]
         found.pred_classes = (index % scores.shape[1])[order]
-        found.pred_boxes = BitMasks(bits[order]).get_bounding_boxes().to(masks.device)
+        found.pred_boxes = Boxes(_boxes_around(bits[order]))
         return {"instances": found}
 
     def _semantic(self, scores: torch.Tensor, masks: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -252,3 +261,17 @@ class TransformersSegmenter(NormalizesImages):
                     stuff_ids[category] = number
             segments[segment] = number
         return result
+
+
+def _boxes_around(masks: torch.Tensor) -> torch.Tensor:
+    """Boxes (n, 4) around masks (n, height, width) that are not empty.
+
+    detectron2's and torchvision's functions go through the masks one by one, which is slower, and
+    a traced graph would hold as many as there were.
+    """
+    corners = []
+    for axis, length in ((1, masks.shape[2]), (2, masks.shape[1])):
+        found = masks.any(axis).int()
+        corners.append((found.argmax(1), length - found.flip(1).argmax(1)))
+    (x0, x1), (y0, y1) = corners
+    return torch.stack([x0, y0, x1, y1], 1).float()

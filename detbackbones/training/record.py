@@ -53,7 +53,7 @@ def make_record(cfg: DictConfig, model: nn.Module | None = None) -> dict[str, An
         record = {"model": _plain(node), "mapper": _plain(mapper)}
         if isinstance(model, TransformersDetector) and record["model"].get("pretrained_detector"):
             record["model"]["pretrained_detector"] = model.detr.config.to_dict()
-        return json.loads(json.dumps(record | _classes(names) | {"versions": _versions()}))
+        return json.loads(json.dumps(record | _classes(names) | {"versions": versions()}))
     except (TypeError, AttributeError) as error:
         raise ValueError(f"the config must have plain values alone: {error}") from error
 
@@ -167,7 +167,8 @@ def _classes(names: Any) -> dict[str, Any]:
     return {**found, "categories": ids if found["thing_classes"] else []}
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Versions of the packages that a detector is made of."""
     found = {}
     for name in PACKAGES:
         try:
