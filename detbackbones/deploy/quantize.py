@@ -14,7 +14,6 @@ import numpy as np
 
 from .formats import FORMATS, import_extra
 
-
 LAYERS = ["Conv", "Gemm", "MatMul"]  # with all that onnxruntime can, an AP of 51.2 became 30.8
 
 
