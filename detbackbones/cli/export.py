@@ -64,7 +64,13 @@ def _export(args: argparse.Namespace) -> None:
     )
     _say(report, args.format)
     for name, results in metrics.items():
-        print(f"\n{name}\n{metric_tables(results)[0]}")
+        whole = {task: _whole(values) for task, values in results.items()}
+        print(f"\n{name}", *metric_tables(whole), sep="\n")
+
+
+def _whole(metrics: dict[str, float]) -> dict[str, float]:
+    """Metrics without those of single classes, such as AP-cat."""
+    return {key: value for key, value in metrics.items() if "-" not in key}
 
 
 def _export_backbone(args: argparse.Namespace, options: dict[str, Any]) -> Report:
