@@ -81,6 +81,7 @@ class FoldedConv2d(TrainsInFloat32):
             return self._product()
         device = x.device.type
         casts = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+        casts = casts and not self.leaves_autocast(x)
         dtype = torch.get_autocast_dtype(device) if casts else self.weight.dtype
         channels_last = x.is_contiguous(memory_format=torch.channels_last)
         layout = torch.channels_last if channels_last else torch.contiguous_format
