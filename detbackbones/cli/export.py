@@ -20,22 +20,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from torchvision.transforms.v2.functional import resize
-
-from ..backbones import BACKBONES, FeatureBackbone
-from ..data.images import list_images, read_image
-from ..deploy.export import Report, export
-from ..deploy.export_detector import TRIED, export_detector
+from ..backbones import BACKBONES
+from ..deploy.export import Report
+from ..deploy.export_detector import export_detector
+from ..deploy.export_maps import export_maps
 from ..deploy.formats import FORMATS
 from ..deploy.predictor import Predictor
-from ..messages import nearest
+from ..messages import fraction, nearest
 from ..training.evaluation import metric_tables
 from ..training.log import without_warnings_of_torch
 from .program import fail, new_parser
 
 
 def _export(args: argparse.Namespace) -> None:
+    fraction("--threshold", args.threshold)
     size = None
     if args.size:
         if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", args.size):
@@ -61,6 +59,7 @@ def _export(args: argparse.Namespace) -> None:
         images=args.images,
         int8=args.int8,
         evaluate=args.evaluation,
+        trust=args.trust,
     )
     _say(report, args.format)
     for name, results in metrics.items():
@@ -68,8 +67,10 @@ def _export(args: argparse.Namespace) -> None:
         print(f"\n{name}", *metric_tables(whole), sep="\n")
 
 
-def _whole(metrics: dict[str, float]) -> dict[str, float]:
+def _whole(metrics: Any) -> Any:
     """Metrics without those of single classes, such as AP-cat."""
+    if not isinstance(metrics, dict):  # an evaluator may give single numbers
+        return metrics
     return {key: value for key, value in metrics.items() if "-" not in key}
 
 
@@ -78,33 +79,21 @@ def _export_backbone(args: argparse.Namespace, options: dict[str, Any]) -> Repor
     if args.what.partition(".")[0] not in kind.source_class.names():
         near = nearest(args.what, kind.source_class.names())
         raise ValueError(f"{args.what!r} must be a run, a checkpoint or a model: {near}")
-    for key in ("int8", "config_file"):
+    for key in ("int8", "config_file", "trust"):
         if getattr(args, key):
             option = f"--{key.replace('_', '-')}"
             raise ValueError(f"{option} is for a trained detector, not for a backbone alone")
     backbone = kind(args.what, norm="FrozenBN").eval()
-    means = {"pixel_mean": backbone.pixel_mean, "pixel_std": backbone.pixel_std}
-    about = {"model": args.what, **means, "channel_order": "RGB"}
-    return export(backbone, args.output, _images(args, backbone), **options, about=about)
-
-
-def _images(args: argparse.Namespace, backbone: FeatureBackbone) -> list[torch.Tensor]:
-    """Images of the folder of --images, or noise, of a size that the model takes."""
-    size = [*backbone.probe_size]
-    if not args.images:
-        return [torch.randn(3, *size, generator=torch.Generator().manual_seed(i)) for i in (0, 1)]
-    mean, std = (torch.tensor(x)[:, None, None] for x in (backbone.pixel_mean, backbone.pixel_std))
-    files = list_images(args.images, "--images")[:TRIED]
-    pixels = [torch.tensor(read_image(str(file))).permute(2, 0, 1).float() for file in files]
-    return [(resize(image, size, antialias=True) - mean) / std for image in pixels]
+    return export_maps(backbone, args.output, images=args.images, **options)
 
 
 def _say(report: Report, format: str) -> None:
-    for axes, fault in report.refused.items():
-        print(f"not with free {axes}: {fault}", file=sys.stderr)
+    for what, fault in report.refused.items():
+        print(f"not with {what}: {fault}", file=sys.stderr)
     free = " and ".join(report.free) or "nothing"
     own, models = (1000 * seconds for seconds in report.seconds)
-    print(f"wrote {report.folder}: {format}; of any length: {free}")
+    shape = " x ".join(map(str, report.shape))
+    print(f"wrote {report.folder}: {format}; of any length: {free}; images are {shape}")
     print(
         f"beside the model: {report.agreement}; {own:.0f} ms for an image, the model {models:.0f}"
     )

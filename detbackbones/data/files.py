@@ -1,7 +1,9 @@
 """Checks of a user's files, and what their messages say."""
 
+import contextlib
 import os
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from ..messages import nearest
@@ -33,3 +35,42 @@ def existing(parameter: str, path: str, exists: Callable[[str], bool], what: str
             f"{parameter}={path!r} must be {what}, but does not exist: in '{folder}' {near}"
         )
     return Path(path).resolve()
+
+
+def check_new(parameter: str, folder: str | Path) -> None:
+    """Refuse a folder that holds something.
+
+    Args:
+        parameter: name of the argument that has it.
+        folder: its value.
+
+    Raises:
+        FileExistsError: if it is a file, or not empty.
+    """
+    path = Path(folder)
+    if path.exists() and (path.is_file() or any(path.iterdir())):
+        raise FileExistsError(f"{parameter}={str(folder)!r} must be a new or an empty folder")
+
+
+@contextlib.contextmanager
+def new_folder(parameter: str, folder: str | Path) -> Iterator[Path]:
+    """A temporary folder beside a new one that becomes it when all is written.
+
+    Args:
+        parameter: name of the argument that has it.
+        folder: its value; it is as before if what is done within fails.
+
+    Raises:
+        FileExistsError: if it is a file, or not empty.
+    """
+    check_new(parameter, folder)
+    path = Path(folder).absolute()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.mkdir()
+    try:
+        yield temporary
+        check_new(parameter, folder)
+        os.replace(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

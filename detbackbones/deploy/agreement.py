@@ -2,11 +2,15 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 CERTAIN, FEWEST = 0.05, 20  # objects of lower scores are compared if there are fewer
-NEAR = 0.01  # in scores, and in boxes as a fraction of the image's longer side
+NEAR = 0.01  # in scores, and in boxes as a fraction of the largest coordinate
+SAME_MASK, STRAY = 0.9, 2  # IoU of two masks, or pixels that differ
+ROUNDING = 1e-3  # of a map, as a fraction of its largest value
+Outputs = Mapping[str, np.ndarray]
 
 
 @dataclass
@@ -14,73 +18,102 @@ class Agreement:
     """The largest differences.
 
     Attributes:
-        objects: that were compared: with a score of 0.05 or more, or the best 20.
+        agrees: whether the differences are those of rounding, in each image. Of two objects of
+            nearly equal scores or overlap another may be kept: one in fifty, or one in ten and
+            more.
+        objects: of the model that were compared: with a score of 0.05 or more, or the best 20.
         lost: of these, that have no counterpart.
+        extra: of what was exported, that have none.
         box: the largest difference of a coordinate, in pixels.
         score: the largest difference of a score.
         tensors: the largest difference of a map, as a fraction of its largest value.
     """
 
+    agrees: bool = True
     objects: int = 0
     lost: int = 0
+    extra: int = 0
     box: float = 0.0
     score: float = 0.0
     tensors: float = 0.0
 
-    @property
-    def agrees(self) -> bool:
-        """Whether the differences are those of rounding.
-
-        Of two objects of nearly equal scores or overlap another may be kept: one in fifty, or one.
-        """
-        return self.lost <= max(1, self.objects / 50) and self.tensors <= 1e-3
-
-    def add(self, expected: Mapping[str, np.ndarray], found: Mapping[str, np.ndarray]) -> None:
-        """Compare the outputs for one image or batch.
+    def add(self, expected: Outputs, found: Outputs) -> None:
+        """Compare the outputs for an image.
 
         Args:
-            expected: of the model, by their names.
+            expected: of the model: ``boxes`` (n, 4), ``scores`` and ``classes`` (n,), and maybe
+                ``masks`` (n, H, W), bits; or maps by their names.
             found: of what was exported.
         """
         if "boxes" not in expected:
             for name, values in expected.items():
-                self.tensors = max(self.tensors, _relative(values, found[name]))
+                difference = _relative(values, found[name])
+                self.tensors = max(self.tensors, difference)
+                self.agrees &= difference <= ROUNDING
             return
-        if expected["boxes"].ndim == 2:
-            expected, found = ({k: v[None] for k, v in x.items()} for x in (expected, found))
-        for i in range(len(expected["boxes"])):
-            self._add_objects(*({k: v[i] for k, v in x.items()} for x in (expected, found)))
+        count, lost = self._match(expected, found)
+        _, extra = self._match(found, expected)
+        allowed = max(count // 50, int(count >= 10))
+        self.agrees &= max(lost, extra) <= allowed
+        self.objects, self.lost, self.extra = (
+            self.objects + count,
+            self.lost + lost,
+            self.extra + extra,
+        )
 
-    def _add_objects(
-        self, expected: Mapping[str, np.ndarray], found: Mapping[str, np.ndarray]
-    ) -> None:
-        order = np.argsort(-expected["scores"], kind="stable")
-        certain = order[: max((expected["scores"] >= CERTAIN).sum(), FEWEST)]
-        self.objects += len(certain)
-        near = NEAR * max(expected["boxes"].max(initial=1), 1)
-        free = np.ones(len(found["scores"]), dtype=bool)
+    def _match(self, ones: Outputs, others: Outputs) -> tuple[int, int]:
+        """How many objects of the ones are certain, and how many of these the others have not."""
+        order = np.argsort(-ones["scores"], kind="stable")
+        certain = order[: max((ones["scores"] >= CERTAIN).sum(), FEWEST)]
+        near = NEAR * max(ones["boxes"].max(initial=1), 1)
+        free = np.ones(len(others["scores"]), dtype=bool)
+        lost = 0
         for i in certain:
-            boxes = np.abs(found["boxes"] - expected["boxes"][i]).max(1, initial=0)
-            scores = np.abs(found["scores"] - expected["scores"][i])
-            same = free & (found["classes"] == expected["classes"][i])
+            boxes = np.abs(others["boxes"] - ones["boxes"][i]).max(1, initial=0)
+            scores = np.abs(others["scores"] - ones["scores"][i])
+            same = free & (others["classes"] == ones["classes"][i])
             same &= (boxes <= near) & (scores <= NEAR)
             if not same.any():
-                self.lost += 1
+                lost += 1
                 continue
             best = np.where(same, boxes + scores, np.inf).argmin()
             free[best] = False
             self.box = max(self.box, float(boxes[best]))
             self.score = max(self.score, float(scores[best]))
-            if "masks" in expected:
-                masks = expected["masks"][i].astype(np.float32) - found["masks"][best]
-                if np.abs(masks).mean() > NEAR:
-                    self.lost += 1
+            if "masks" in ones and not _same_mask(ones["masks"][i], others["masks"][best]):
+                lost += 1
+        return len(certain), lost
 
     def __str__(self) -> str:
-        if not self.objects:
+        if not self.objects and not self.extra:
             return f"the outputs differ by at most {self.tensors:.1g} of the largest value"
         text = f"boxes differ by at most {self.box:.2g} pixels, scores by {self.score:.1g}"
-        return f"{text}; {self.lost} of {self.objects} objects are missing or another"
+        more = f", and {self.extra} are found besides" if self.extra else ""
+        return f"{text}; {self.lost} of {self.objects} objects are missing or another{more}"
+
+
+def outputs_of(prediction: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """What detectron2's models give for an image, as arrays by the names that exported files have.
+
+    Args:
+        prediction: with ``instances`` or ``sem_seg``.
+    """
+    if "sem_seg" in prediction:
+        return {"sem_seg": prediction["sem_seg"].cpu().numpy()}
+    found = prediction["instances"].to("cpu")
+    outputs = {
+        "boxes": found.pred_boxes.tensor,
+        "scores": found.scores,
+        "classes": found.pred_classes,
+    }
+    if found.has("pred_masks"):
+        outputs["masks"] = found.pred_masks
+    return {name: value.numpy() for name, value in outputs.items()}
+
+
+def _same_mask(one: np.ndarray, other: np.ndarray) -> bool:
+    differ, union = (one != other).sum(), (one | other).sum()
+    return differ <= max(STRAY, (1 - SAME_MASK) * union)
 
 
 def _relative(expected: np.ndarray, found: np.ndarray) -> float:

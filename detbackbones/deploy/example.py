@@ -45,11 +45,13 @@ scale = np.float32([image.width / size[0], image.height / size[1]] * 2)
 boxes, scores, classes = found["boxes"], found["scores"], found["classes"]
 for box, score, label in zip(boxes.reshape(-1, 4) * scale, scores.flatten(), classes.flatten()):
     if score >= about["score_threshold"]:
-        print(about["classes"][int(label)], f"{score:.2f}", *box.round(1))""",
+        print(NAME, f"{score:.2f}", *box.round(1))""",
     "sem_seg": """\
 labels = Image.fromarray(found["sem_seg"][0].argmax(0).astype(np.uint8))
-labels.resize(image.size, Image.NEAREST).save("labels.png")
-print("wrote labels.png: the class of each pixel")""",
+file = Path(sys.argv[1]).stem + "_labels.png"
+with open(file, "xb") as output:  # which is not there yet
+    labels.resize(image.size, Image.NEAREST).save(output, "PNG")
+print(f"wrote {file}: the class of each pixel")""",
     "maps": """\
 for name, level in found.items():
     print(name, level.shape)""",
@@ -73,6 +75,8 @@ def write_example(folder: Path, about: dict[str, Any]) -> None:
     lines = FITTING[fitting] + (MULTIPLE if "multiple" in rule else "")
     order = "[::-1]" if about.get("channel_order") == "BGR" else ""
     read = f".transpose(2, 0, 1){order}" if channels == 3 else "[None]"
+    name = """about["classes"][int(label)]""" if about.get("classes") else "int(label)"
+    normalize = NORMALIZE if kind == "maps" and about.get("pixel_mean") else ""
     mode = "RGB" if channels == 3 else "L"
     text = f'''\
 """Run {about["file"]} on an image: python example.py IMAGE."""
@@ -92,11 +96,11 @@ rule = about["resize"]
 image = ImageOps.exif_transpose(Image.open(sys.argv[1])).convert("{mode}")
 {lines}
 pixels = np.asarray(image.resize(size, Image.BILINEAR), dtype=np.float32){read}
-pixels = np.ascontiguousarray(pixels){NORMALIZE if kind == "maps" else ""}
+pixels = np.ascontiguousarray(pixels){normalize}
 
 {RUN[about["format"]]}
 found = dict(zip(about["outputs"], outputs))
 
-{SHOW[kind]}
+{SHOW[kind].replace("NAME", name)}
 '''
     (folder / FILE).write_text(text)

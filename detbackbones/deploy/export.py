@@ -1,24 +1,29 @@
 """Exporting a detector, a segmenter or a backbone, and trying what was written."""
 
+import copy
+import importlib.util
 import json
+import re
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from detectron2.modeling import Backbone
 from torch import nn
-from torchvision.transforms.v2.functional import resize
 
-from ..messages import first_line, one_of
+from ..data.files import new_folder
+from ..messages import first_line, one_of, whole_number
 from ..training.record import versions
-from .agreement import Agreement
+from .agreement import Agreement, outputs_of
 from .example import write_example
-from .exported import ABOUT, Exported
-from .formats import FORMATS, Format, import_extra, write_quietly
+from .exported import ABOUT, Exported, nearest_size, resized
+from .extras import import_exporter
+from .formats import FORMATS, Format, write_quietly
 from .graphs import Graph, MapsGraph, make_graph
 
 ROUNDS = 5  # of timing
@@ -31,17 +36,22 @@ class Report:
 
     Attributes:
         folder: where it lies.
-        free: the axes of the images that may have any length.
+        shape: of the images, with names for the axes that may have any length.
         agreement: of the outputs.
         seconds: that the exported takes for the first image, and that the model takes.
-        refused: why axes are not free, by their names.
+        refused: why more axes are not free, by their names.
     """
 
     folder: Path
-    free: tuple[str, ...]
+    shape: list[str | int]
     agreement: Agreement
     seconds: tuple[float, float]
     refused: dict[str, str]
+
+    @property
+    def free(self) -> tuple[str, ...]:
+        """The axes of the images that may have any length."""
+        return tuple(axis for axis in self.shape if isinstance(axis, str))
 
 
 def export(
@@ -72,112 +82,142 @@ def export(
         ValueError: if an argument is wrong, the model cannot be exported, or what was exported
             gives other outputs.
     """
-    one_of("format", format, FORMATS)
-    folder = Path(folder)
-    for name in FORMATS[format].packages:
-        import_extra(name)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FileExistsError(f"folder={str(folder)!r} must be a new or empty folder")
-    if not images:
-        raise ValueError("images=[] must be some images to try the exported model with")
-    graph = make_graph(model).cpu().eval()
-    there = folder.exists()
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        return _export(graph, folder, images, format, size, about or {})
-    except BaseException:
-        for path in folder.iterdir():
-            path.unlink()
-        if not there:
-            folder.rmdir()
-        raise
+    with new_folder("folder", folder) as unfinished:
+        report = write(model, unfinished, images, format=format, size=size, about=about)
+    return replace(report, folder=Path(folder))
 
 
-def _export(
-    graph: Graph,
+def write(
+    model: nn.Module,
     folder: Path,
     images: Sequence[torch.Tensor],
+    *,
     format: str,
     size: Size | None,
-    about: dict[str, Any],
+    about: dict[str, Any] | None,
 ) -> Report:
+    """As :func:`export`, into a folder that is there."""
+    one_of("format", format, FORMATS)
+    for name in FORMATS[format].packages:
+        import_exporter(name)
+    if not images:
+        raise ValueError("images=[] must be some images to try the exported model with")
+    for length in size or ():
+        whole_number("size", length)
+    model = copy.deepcopy(model).cpu().eval()
+    graph = make_graph(model).eval()
+    step = graph.multiple
+    if size and not FORMATS[format].pads and any(n % step for n in size):
+        raise ValueError(f"size={size} must be multiples of {step} in {format!r}")
+    found = [expected_of(model, image) for image in images]
+    if all("boxes" in outputs and not len(outputs["boxes"]) for outputs in found):
+        raise ValueError("the model finds nothing in the images to try it with: give others")
     refused: dict[str, str] = {}
     for way, free in _wishes(graph, format, size):
         graph.pads = way.pads
         fixed = size
         if "height" not in free and not size:
-            fixed = _fitting(graph, images[0].shape[-2:])
-        first = _tried(graph, images[0], fixed)
-        content = _describe(graph, way, free, first, fixed, about) | {"format": format}
+            fixed = nearest_size(images[0].shape[-2:], step)
+        first = resized(images[0].float(), _taken(graph, images[0], fixed))
+        content = _describe(graph, way, free, first, fixed, about or {}) | {"format": format}
         (folder / ABOUT).write_text(json.dumps(content, indent=1) + "\n")
         try:
             batch = first[None].repeat(2 if "batch" in free else 1, 1, 1, 1)
             write_quietly(way, graph, batch, free, folder / way.file)
             exported = Exported(folder)
-            agreement = _compare(graph, exported, images, free)
+            agreement = compare(model, exported, images)
             fault = "" if agreement.agrees else str(agreement)
         except ImportError:
             raise
         except Exception as error:  # exporters fail in any way
-            fault = first_line(error)
+            fault = reason(error)
         if not fault:
             write_example(folder, content)
-            return Report(folder, free, agreement, _time(graph, exported, first), refused)
-        refused[f"{' and '.join(free) or 'nothing'} ({way.__name__})"] = fault
-    raise ValueError(f"the model cannot be exported to {format!r}: {fault}")
+            shape, seconds = content["input"]["shape"], time_both(model, exported, first)
+            return Report(folder, shape, agreement, seconds, refused)
+        refused[f"{' and '.join(free) or 'no axis'} free, by {way.by}"] = fault
+    faults = "; ".join(
+        {what.partition(", ")[2]: f"{why}" for what, why in refused.items()}.values()
+    )
+    raise ValueError(f"the model cannot be exported to {format!r}: {faults}")
 
 
 def _wishes(
     graph: Graph, format: str, size: Size | None
 ) -> Iterator[tuple[type[Format], tuple[str, ...]]]:
     """Ways to write a format, and which axes to leave free, the most first."""
-    ways = [FORMATS[format], FORMATS[format].other_way]
-    for way in filter(None, ways):
+    ways, other = [FORMATS[format]], FORMATS[format].other_way
+    if other and all(map(importlib.util.find_spec, other.packages)):
+        if not size or all(n % graph.multiple == 0 for n in size):
+            ways.append(other)
+    for way in ways:
         for axes in ([] if size else [("height", "width")]) + [()]:
             if graph.batches:
                 yield way, ("batch", *axes)
             yield way, axes
 
 
-def _fitting(graph: Graph, size: Sequence[int]) -> Size:
-    """The size next to another that the model takes without padding."""
-    height, width = (max(round(n / graph.multiple), 1) * graph.multiple for n in size)
-    return height, width
+def _taken(graph: Graph, image: torch.Tensor, size: Size | None) -> Size:
+    """The size that an image gets: the one of all, or the nearest that needs no padding."""
+    own = tuple(image.shape[-2:])
+    return size or (own if graph.pads else nearest_size(own, graph.multiple))
 
 
-def _tried(graph: Graph, image: torch.Tensor, size: Size | None) -> torch.Tensor:
-    if size is None and not graph.pads:
-        size = _fitting(graph, image.shape[-2:])
-    if size is None or tuple(image.shape[-2:]) == tuple(size):
-        return image.float()
-    return resize(image.float(), list(size), antialias=True)
+def reason(error: BaseException) -> str:
+    """The first line of the error that was the cause of all, without colours."""
+    while error.__cause__:
+        error = error.__cause__
+    return re.sub(r"\x1b\[\d*m", "", first_line(error))
 
 
-def _compare(
-    graph: Graph, exported: Exported, images: Sequence[torch.Tensor], free: Sequence[str]
-) -> Agreement:
-    """Compare on all images, on one of other sizes, and on a batch where these are free."""
-    agreement = Agreement()
-    batches = [exported.fit(image)[None] for image in images]
+def compare(model: nn.Module, exported: Exported, images: Sequence[torch.Tensor]) -> Agreement:
+    """Compare with the model on images, on one of other sizes, and in a batch where it can be.
+
+    Args:
+        model: in eval mode, on the CPU.
+        exported: of it.
+        images: (C, H, W).
+    """
+    agreement, free = Agreement(), exported.about["input"]["shape"]
+    if isinstance(model, Backbone):  # others pad images as it does itself
+        step = model.size_divisibility or 1
+        images = [resized(image, nearest_size(image.shape[-2:], step)) for image in images]
+    tried = [exported.fit(image).float() for image in images]
     if "height" in free:
-        _, height, width = images[0].shape
-        for other in ((width, height), (height * 5 // 4, width), (height, width * 7 // 5)):
-            batches.append(exported.fit(resize(images[0], list(other), antialias=True))[None])
+        height, width = images[0].shape[-2:]
+        for size in ((width, height), (height * 5 // 4, width), (height, width * 7 // 5)):
+            if isinstance(model, Backbone):
+                size = nearest_size(size, step)
+            tried.append(exported.fit(resized(images[0], size)).float())
+    for image in tried:
+        agreement.add(expected_of(model, image), _found_by(exported, image))
     if "batch" in free:
-        batches.append(torch.cat([batches[0], batches[0].flip(-1), batches[0].flip(-2)]))
-    for batch in batches:
-        agreement.add(_eager(graph, batch.float()), exported(batch.numpy()))
+        batch = torch.stack([tried[0], tried[0].flip(-1), tried[0].flip(-2)])
+        together = exported(batch.numpy())
+        for i, image in enumerate(batch):
+            alone = exported(image[None].numpy())
+            one, other = ({k: v[n] for k, v in x.items()} for x, n in ((alone, 0), (together, i)))
+            agreement.add(one, other)
     return agreement
 
 
-def _eager(graph: Graph, images: torch.Tensor) -> dict[str, np.ndarray]:
+def expected_of(model: nn.Module, image: torch.Tensor) -> dict[str, np.ndarray]:
+    """What a model gives for an image (C, H, W), as arrays by their names."""
     with torch.no_grad():
-        return {name: x.numpy() for name, x in zip(graph.outputs, graph(images), strict=True)}
+        if isinstance(model, Backbone):
+            return {name: level[0].numpy() for name, level in model(image[None].float()).items()}
+        return outputs_of(model([{"image": image}])[0])
 
 
-def _time(graph: Graph, exported: Exported, image: torch.Tensor) -> tuple[float, float]:
-    images = image[None]
-    runs: list[Callable] = [lambda: exported(images.numpy()), lambda: _eager(graph, images)]
+def _found_by(exported: Exported, image: torch.Tensor) -> dict[str, np.ndarray]:
+    if "boxes" in exported.about["outputs"] or "sem_seg" in exported.about["outputs"]:
+        return outputs_of(exported.detect([{"image": image}])[0])
+    return {name: level[0] for name, level in exported(image[None].numpy()).items()}
+
+
+def time_both(model: nn.Module, exported: Exported, image: torch.Tensor) -> tuple[float, float]:
+    """Seconds that the exported and the model take for an image, medians."""
+    runs: list[Callable] = [lambda: _found_by(exported, image), lambda: expected_of(model, image)]
     seconds: list[list[float]] = [[], []]
     for _ in range(ROUNDS):
         for run, times in zip(runs, seconds):
@@ -199,6 +239,10 @@ def _describe(
     channels, height, width = image.shape
     lengths = {"batch": 1, "height": height, "width": width}
     batch, *sides = (axis if axis in free else length for axis, length in lengths.items())
+    defaults: dict[str, Any] = {"score_threshold": 0.5}
+    if isinstance(graph, MapsGraph):
+        means = {key: getattr(graph.model, key, None) for key in ("pixel_mean", "pixel_std")}
+        defaults = means if all(means.values()) else {}
     content = {
         "file": way.file,
         **({"opset": way.opset} if way.opset else {}),
@@ -209,6 +253,7 @@ def _describe(
             "values": "normalized" if isinstance(graph, MapsGraph) else "0 to 255",
         },
         "outputs": {name: [*axes] for name, axes in graph.outputs.items()},
+        **defaults,
         **about,
         "versions": versions(),
     }

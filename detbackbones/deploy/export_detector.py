@@ -3,30 +3,38 @@
 import contextlib
 import io
 import json
+import logging
+import os
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import detectron2.data.transforms as T
+import numpy as np
 import torch
 from detectron2.config import instantiate
+from detectron2.evaluation import inference_on_dataset
 from omegaconf import DictConfig
+from torch import nn
 from tqdm import tqdm
 
 from ..config import load_config
+from ..data.files import check_new, new_folder
 from ..data.images import list_images, read_image
-from ..messages import one_of
+from ..messages import first_line, one_of
 from ..training.evaluation import Results, without_nan
 from ..training.record import fill_config, read_record
 from ..training.run import check_config
-from .export import Report, export
+from .export import Report, compare, time_both, write
 from .exported import ABOUT, Exported
-from .graphs import ObjectsGraph, ScoresGraph, make_graph
+from .extras import import_exporter
 from .predictor import Predictor
-from .quantize import QUANTIZE, quantize
+from .quantize import PACKAGES, quantize
 
 TRIED, CALIBRATED = 8, 200  # images
-Detect = Callable[[Sequence[dict[str, Any]]], list[dict[str, Any]]]
+
+logger = logging.getLogger(__name__)
 
 
 def export_detector(
@@ -38,6 +46,7 @@ def export_detector(
     images: str | Path | None = None,
     int8: str | Path | None = None,
     evaluate: bool = True,
+    trust: bool = False,
 ) -> tuple[Report, dict[str, Results]]:
     """Export a trained detector or segmenter.
 
@@ -48,73 +57,105 @@ def export_detector(
         int8: a folder of images of the kind that it will see: it computes with 8 bits, in the
             ranges that they have.
         evaluate: whether to compute the metrics where the validation set is there.
+        trust: let the training's config, which names the validation set, call code of other
+            packages.
 
     Returns:
-        the report, and the metrics of "model" and "exported", and "int8" if asked for; none
-        without a validation set.
+        the report, which is of the 8 bits if asked for; and the metrics of "model", on images of
+        the sizes that it was made for, and "exported", and "int8", none without a validation set.
 
     Raises:
         FileNotFoundError: if there are no images to try it with.
         FileExistsError, ImportError, ValueError: as of ``export``.
     """
-    if int8:
-        one_of("format", format, QUANTIZE, " for int8")
-    data = _validation(predictor)
+    check_new("folder", folder)
+    for name in _packages_of_int8(format) if int8 else ():
+        import_exporter(name)
+    data, why = _validation(predictor, trust)
     if images is None and data is None:
         raise FileNotFoundError(
-            "the validation set of the training is not there: give a folder of images to try the "
-            "exported model with (--images)"
+            f"the validation set of the training cannot be had ({why}): give a folder of images to "
+            "try the exported model with (--images)"
         )
+    if evaluate and data is None:
+        logger.warning("the AP is not computed: %s", why)
     about = _about(predictor)
-    size = size or about.pop("size", None)
-    files = _files(images) if data is None or images else _names(data)
-    tried = [_load(predictor, file) for file in _spread(files, TRIED)]
-    calibration = _spread(_files(int8), CALIBRATED) if int8 else []
-    report = export(predictor.model, folder, tried, format=format, size=size, about=about)
-    exported = Exported(folder)
-    metrics = {}
-    if evaluate and data is not None:
-        metrics = _metrics(
-            data, {"model": _at_its_size(predictor, exported), "exported": exported.detect}
-        )
-    if int8:
-        fitted = [exported.fit(_load(predictor, f))[None].float().numpy() for f in calibration]
-        del exported
-        attends = not isinstance(make_graph(predictor.model), ObjectsGraph | ScoresGraph)
-        quantize(Path(folder), fitted, format=format, attends=attends)
-        if metrics:
-            metrics |= _metrics(data, {"int8": Exported(folder).detect})
-    _add(Path(folder, ABOUT), {"metrics": without_nan(metrics)} if metrics else {})
-    return report, metrics
+    own_size = about.pop("size", None)
+    size = size or own_size
+    files = _names(data) if images is None else list_images(str(images), "images")
+    tried = [_load(predictor, file) for file in spread(files, TRIED)]
+    calibration = list_images(str(int8), "int8") if int8 else []
+    calibration = [_load(predictor, file) for file in spread(calibration, CALIBRATED)]
+    metrics: dict[str, Results] = {}
+    with new_folder("folder", folder) as unfinished:
+        report = write(predictor.model, unfinished, tried, format=format, size=size, about=about)
+        exported = Exported(unfinished)
+        evaluated = data if evaluate else None
+        if evaluated is not None:
+            metrics["model"] = _metrics(evaluated, "model", predictor.model)
+            metrics["exported"] = _metrics(evaluated, "exported", exported.detect)
+        if int8:
+            fitted = [exported.fit(image) for image in calibration]
+            del exported
+            attends = any("Attention" in type(m).__name__ for m in predictor.model.modules())
+            quantize(unfinished, fitted, format=format, attends=attends)
+            report = _try_int8(report, predictor.model, Exported(unfinished), tried)
+            if evaluated is not None:
+                metrics["int8"] = _metrics(evaluated, "int8", Exported(unfinished).detect)
+        found = {"metrics": without_nan(metrics)} if metrics else {}
+        _add(unfinished / ABOUT, {"int8": bool(int8)} | found)
+    return replace(report, folder=Path(folder)), metrics
 
 
-def _validation(predictor: Predictor) -> DictConfig | None:
-    """The config of the training with its validation set registered, if that is there."""
+def _packages_of_int8(format: str) -> Sequence[str]:
+    one_of("format", format, PACKAGES, " for int8")
+    return PACKAGES[format]
+
+
+def _try_int8(
+    report: Report, model: nn.Module, exported: Exported, images: Sequence[torch.Tensor]
+) -> Report:
+    """The report of a model of 8 bits, whose outputs are others, but must be there and numbers.
+
+    Raises:
+        ValueError: if they are not.
+    """
+    agreement = compare(model, exported, images)
+    first = exported.fit(images[0]).float()
+    outputs = exported(first[None].numpy())
+    if not all(np.isfinite(values).all() for values in outputs.values()):
+        raise ValueError("the quantised model gives no numbers: give other images as int8")
+    if agreement.objects and agreement.lost == agreement.objects:
+        logger.warning("int8: no object is where the model finds one")
+    return replace(report, agreement=agreement, seconds=time_both(model, exported, first))
+
+
+def _validation(predictor: Predictor, trust: bool) -> tuple[DictConfig | None, str]:
+    """The config of the training with its validation set registered; or why there is none."""
     file = Path(predictor.checkpoint).with_name("config.yaml")
     try:
-        cfg = check_config(load_config(file), ["train.device=cpu"], trains=False)
-    except (OSError, ValueError):
-        return None
-    if record := read_record(predictor.checkpoint, trust=True):
-        fill_config(cfg, record)
-    return cfg
+        cfg = check_config(load_config(file, trust=trust), ["train.device=cpu"], trains=False)
+        if record := read_record(predictor.checkpoint, trust=True):
+            fill_config(cfg, record)
+        if missing := next((name for name in _names(cfg) if not os.path.isfile(name)), None):
+            return None, f"{missing!r} is not there"
+    except (OSError, ValueError, KeyError) as error:
+        return None, first_line(error)
+    return cfg, ""
 
 
 def _names(cfg: DictConfig) -> list[str]:
     return [image["file_name"] for image in instantiate(cfg.dataloader.test.dataset)]
 
 
-def _files(folder: str | Path) -> list[str]:
-    return [str(file) for file in list_images(str(folder), "images")]
-
-
-def _spread(files: Sequence[str], most: int) -> list[str]:
+def spread(files: Sequence[Any], most: int) -> list[Any]:
+    """At most so many of some files, from all over them."""
     count = min(most, len(files))
     return [files[i * len(files) // count] for i in range(count)]
 
 
-def _load(predictor: Predictor, file: str) -> torch.Tensor:
-    pixels = read_image(file, predictor.channels, predictor.max_value)
+def _load(predictor: Predictor, file: str | Path) -> torch.Tensor:
+    pixels = read_image(str(file), predictor.channels, predictor.max_value)
     return predictor.prepare(pixels)["image"]
 
 
@@ -135,7 +176,10 @@ def _about(predictor: Predictor) -> dict[str, Any]:
         about["max_value"] = predictor.max_value
     for augmentation in predictor.mapper.augmentations.augs:
         if type(augmentation) is T.ResizeShortestEdge:
-            shorter, longer = augmentation.short_edge_length[0], augmentation.max_size
+            lengths, longer = {*augmentation.short_edge_length}, augmentation.max_size
+            if len(lengths) > 1:
+                raise ValueError(f"dataloader.test.mapper has several sizes: {sorted(lengths)}")
+            (shorter,) = lengths
             about["resize"] = {"shorter_side": shorter, "longer_side": longer}
         elif type(augmentation) is T.Resize:
             about["size"] = tuple(augmentation.shape)
@@ -147,36 +191,14 @@ def _about(predictor: Predictor) -> dict[str, Any]:
     return about
 
 
-def _at_its_size(predictor: Predictor, exported: Exported) -> Detect:
-    def detect(inputs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-        with torch.no_grad():
-            return predictor.model([x | {"image": exported.fit(x["image"])} for x in inputs])
-
-    return detect
-
-
-def _metrics(cfg: DictConfig, detectors: dict[str, Detect]) -> dict[str, Results]:
-    """The metrics of several detectors on the validation set."""
-    loader = instantiate(cfg.dataloader.test)
-    evaluators = {name: _evaluators(cfg) for name in detectors}
-    for own in evaluators.values():
-        for evaluator in own:
-            evaluator.reset()
-    for inputs in tqdm(loader, unit="batch", desc=" and ".join(detectors)):
-        for name, detect in detectors.items():
-            outputs = detect(inputs)
-            for evaluator in evaluators[name]:
-                evaluator.process(inputs, outputs)
-    found = {}
-    for name, own in evaluators.items():
-        with contextlib.redirect_stdout(io.StringIO()):  # hotcoco prints a table
-            found[name] = {k: v for e in own for k, v in (e.evaluate() or {}).items()}
-    return found
-
-
-def _evaluators(cfg: DictConfig) -> list[Any]:
-    made = instantiate(cfg.dataloader.evaluator)
-    return made if isinstance(made, list) else [made]
+def _metrics(cfg: DictConfig, name: str, detect: Callable) -> Results:
+    """The metrics of something that takes what detectron2's models take."""
+    loader, evaluator = map(instantiate, (cfg.dataloader.test, cfg.dataloader.evaluator))
+    with contextlib.redirect_stdout(io.StringIO()):  # hotcoco prints a table
+        try:
+            return inference_on_dataset(detect, tqdm(loader, name, unit="batch"), evaluator)
+        except FloatingPointError as error:
+            raise ValueError(f"{name}: {error}") from error
 
 
 def _add(file: Path, content: dict[str, Any]) -> None:

@@ -17,6 +17,19 @@ from .formats import FORMATS
 ABOUT = "model.json"
 
 
+def nearest_size(size: Sequence[int], multiple: int) -> tuple[int, int]:
+    """The (height, width) nearest to another whose sides are multiples of a number."""
+    height, width = (max(round(n / multiple), 1) * multiple for n in size)
+    return height, width
+
+
+def resized(image: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
+    """An image (C, H, W) of another size; the same if it has that already."""
+    if tuple(image.shape[-2:]) == tuple(size):
+        return image
+    return resize(image, [*size], antialias=True)
+
+
 class Exported:
     """An exported detector, segmenter or backbone.
 
@@ -30,7 +43,7 @@ class Exported:
             folder: that it was exported to.
 
         Raises:
-            FileNotFoundError: if nothing was.
+            FileNotFoundError: if nothing was, or the file is gone.
             ImportError: if the program of the format is not installed.
             ValueError: if its ``model.json`` is damaged.
         """
@@ -40,10 +53,15 @@ class Exported:
         try:
             self.about: dict[str, Any] = json.loads(file.read_text())
             form, name = self.about["format"], self.about["file"]
-        except (ValueError, TypeError, KeyError) as error:
+            self._shape: list[str | int] = self.about["input"]["shape"]
+            self.about["outputs"].keys(), self.about["resize"].get("multiple")
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise ValueError(f"{file} is damaged: {error!r}") from error
         one_of("format", form, FORMATS)
-        self._run = FORMATS[form].open(Path(folder, name))
+        path = Path(folder, name)
+        if not path.is_file():
+            raise FileNotFoundError(f"{file} names {name!r}, which is not beside it")
+        self._run = FORMATS[form].open(path)
 
     def __call__(self, images: np.ndarray) -> dict[str, np.ndarray]:
         """Run it.
@@ -53,18 +71,26 @@ class Exported:
 
         Returns:
             its outputs by their names.
+
+        Raises:
+            ValueError: if they have another shape.
         """
+        wrong = len(images.shape) != 4 or any(
+            isinstance(wanted, int) and wanted != length
+            for wanted, length in zip(self._shape, images.shape)
+        )
+        if wrong:
+            shape = ", ".join(map(str, self._shape))
+            raise ValueError(f"images of shape {tuple(images.shape)} must be ({shape})")
         found = self._run(np.ascontiguousarray(images, dtype=np.float32))
         return dict(zip(self.about["outputs"], found, strict=True))
 
     def fit(self, image: torch.Tensor) -> torch.Tensor:
         """An image (C, H, W) in a size that it takes, stretched where it must be."""
-        size = sizes = tuple(image.shape[-2:])
-        if "height" in self.about["resize"]:
-            sizes = self.about["resize"]["height"], self.about["resize"]["width"]
-        elif multiple := self.about["resize"].get("multiple"):
-            sizes = tuple(max(round(n / multiple), 1) * multiple for n in size)
-        return image if sizes == size else resize(image, list(sizes), antialias=True)
+        rule = self.about["resize"]
+        if "height" in rule:
+            return resized(image, (rule["height"], rule["width"]))
+        return resized(image, nearest_size(image.shape[-2:], rule.get("multiple", 1)))
 
     def detect(self, batched_inputs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         """What detectron2's models give for their inputs, for its evaluators.

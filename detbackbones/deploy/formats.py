@@ -5,30 +5,19 @@ import io
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Sequence
-from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from types import ModuleType
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from detectron2.export.torchscript_patch import patch_builtin_len
 
+from .extras import import_exporter
 from .graphs import Graph
 
 _FLOAT = 1  # ONNX's number of float32
 Run = Callable[[np.ndarray], Sequence[np.ndarray]]
-
-
-def import_extra(name: str) -> ModuleType:
-    """A package of the extra ``export``, or one sentence that says how to get it."""
-    try:
-        return import_module(name)
-    except ImportError as error:
-        raise ImportError(
-            f"this needs {error.name}: pip install '.[export]', or {name} alone"
-        ) from error
 
 
 class Format(ABC):
@@ -40,6 +29,7 @@ class Format(ABC):
         pads: whether images of all sizes can be padded in the file, or must have sizes that the
             model takes.
         opset: of ONNX.
+        by: what the way is called.
         other_way: to write the same format, for models that this one fails at.
     """
 
@@ -47,6 +37,7 @@ class Format(ABC):
     packages: ClassVar[tuple[str, ...]] = ()
     pads: ClassVar[bool] = True
     opset: ClassVar[int | None] = None
+    by: ClassVar[str] = "torch.export"
     other_way: ClassVar["type[Format] | None"] = None
 
     @classmethod
@@ -92,7 +83,7 @@ class OnnxOfProgram(Format):
 
     @staticmethod
     def open(file: Path) -> Run:
-        onnxruntime = import_extra("onnxruntime")
+        onnxruntime = import_exporter("onnxruntime")
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         options.log_severity_level = 3  # errors
@@ -105,6 +96,7 @@ class Onnx(OnnxOfProgram):
 
     packages = ("onnx", "onnxruntime")
     pads = True
+    by = "tracing"
     opset = 17  # below 16 the ROIAlign of R-CNNs is another, and boxes are wrong
     other_way = OnnxOfProgram
 
@@ -113,19 +105,22 @@ class Onnx(OnnxOfProgram):
         axes = {"images": ("batch", images.shape[1], "height", "width"), **graph.outputs}
         fixed = {"batch", "height", "width"} - {*free}
         torch.onnx.register_custom_op_symbolic("aten::linspace", _linspace, cls.opset)
-        torch.onnx.export(
-            graph,
-            (images,),
-            str(file),
-            dynamo=False,
-            opset_version=cls.opset,
-            input_names=["images"],
-            output_names=[*graph.outputs],
-            dynamic_axes={
-                name: {i: a for i, a in enumerate(all_) if isinstance(a, str) and a not in fixed}
-                for name, all_ in axes.items()
-            },
-        )
+        try:
+            torch.onnx.export(
+                graph,
+                (images,),
+                str(file),
+                dynamo=False,
+                opset_version=cls.opset,
+                input_names=["images"],
+                output_names=[*graph.outputs],
+                dynamic_axes={
+                    name: {i: x for i, x in enumerate(own) if isinstance(x, str) and x not in fixed}
+                    for name, own in axes.items()
+                },
+            )
+        finally:  # others may export, too
+            torch.onnx.unregister_custom_op_symbolic("aten::linspace", cls.opset)
 
 
 def _linspace(g: Any, start: Any, end: Any, steps: Any, dtype: int, *_: Any) -> Any:
@@ -150,7 +145,7 @@ class OpenVinoOfProgram(Format):
 
     @classmethod
     def write(cls, graph: Graph, images: torch.Tensor, free: Collection[str], file: Path) -> None:
-        openvino = import_extra("openvino")
+        openvino = import_exporter("openvino")
         with TemporaryDirectory() as folder:
             between = Path(folder, cls.between.file)
             cls.between.write(graph, images, free, between)
@@ -158,7 +153,7 @@ class OpenVinoOfProgram(Format):
 
     @staticmethod
     def open(file: Path) -> Run:
-        openvino = import_extra("openvino")
+        openvino = import_exporter("openvino")
         # by default it computes in bfloat16 where the processor has it
         options = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
         options["INFERENCE_NUM_THREADS"] = torch.get_num_threads()
@@ -171,6 +166,7 @@ class OpenVino(OpenVinoOfProgram):
 
     packages = (*Onnx.packages, "openvino")
     pads = True
+    by = "tracing"
     other_way = OpenVinoOfProgram
     between = Onnx
 
@@ -179,14 +175,33 @@ class TorchScript(Format):
     """TorchScript, by tracing."""
 
     file = "model.ts"
+    by = "tracing"
 
     @classmethod
     def write(cls, graph: Graph, images: torch.Tensor, free: Collection[str], file: Path) -> None:
-        torch.jit.trace(graph, images, check_trace=False).save(str(file))
+        traced = torch.jit.trace(graph, images, check_trace=False)
+        axes = ("batch", "channels", "height", "width")
+        shape = [0 if axis in free else n for axis, n in zip(axes, images.shape)]
+        torch.jit.script(_OfShape(traced, shape)).save(str(file))
 
     @staticmethod
     def open(file: Path) -> Run:
         return _run_by_torch(torch.jit.load(file))
+
+
+class _OfShape(torch.nn.Module):
+    """A traced graph that refuses images of another shape: by itself it takes all."""
+
+    def __init__(self, traced: torch.jit.ScriptModule, shape: list[int]):
+        super().__init__()
+        self.traced = traced
+        self.shape: list[int] = shape  # 0 is any length
+
+    def forward(self, images: torch.Tensor):  # noqa: ANN201, TorchScript infers it
+        for i in range(4):
+            if self.shape[i] > 0 and self.shape[i] != images.shape[i]:
+                raise ValueError(f"invalid dimensions: images must be {self.shape}, 0 being any")
+        return self.traced(images)
 
 
 class ExportedProgram(Format):
@@ -231,7 +246,7 @@ def write_quietly(
     form: type[Format], graph: Graph, images: torch.Tensor, free: Collection[str], file: Path
 ) -> None:
     """Write a graph without the warnings of tracing: what they warn of is tried afterwards."""
-    # detectron2's own adapter patches len() too, which would make numbers of what is traced
+    # A trace does not follow len(), so that detectron2 has another one while it traces.
     with (
         warnings.catch_warnings(),
         contextlib.redirect_stdout(io.StringIO()),  # a graph that failed is printed

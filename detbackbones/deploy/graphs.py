@@ -34,7 +34,8 @@ class Graph(nn.Module):
     @property
     def multiple(self) -> int:
         """What the model needs height and width to be a multiple of."""
-        return self.model.backbone.size_divisibility
+        own = getattr(self.model, "size_divisibility", 0)  # of a DETR whose backbone takes any
+        return self.model.backbone.size_divisibility or own or 1
 
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """
@@ -51,11 +52,20 @@ class Graph(nn.Module):
         if not self.pads:
             return images
         height, width = images.shape[-2:]
+        if square := self.square:
+            return F.pad(images, (0, square - width, 0, square - height))
         return F.pad(images, (0, -width % self.multiple, 0, -height % self.multiple))
+
+    @property
+    def square(self) -> int:
+        """The side of the squares that detectron2 pads images to for this backbone, or 0."""
+        return self.model.backbone.padding_constraints.get("square_size", 0)
 
 
 class MapsGraph(Graph):
-    """The feature maps of a backbone, of images padded to what it takes."""
+    """The feature maps of a backbone, of images padded to what it takes, without the padding."""
+
+    square = 0
 
     def __init__(self, model: Backbone):
         levels = model.output_shape().items()
@@ -68,26 +78,33 @@ class MapsGraph(Graph):
 
     @property
     def multiple(self) -> int:
-        return self.model.size_divisibility
+        return self.model.size_divisibility or 1
 
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
         maps = self.model(self.padded(images))
-        return tuple(maps[name] for name in self.outputs)
+        if not self.pads:
+            return tuple(maps[name] for name in self.outputs)
+        height, width = images.shape[-2:]
+        strides = {name: shape.stride for name, shape in self.model.output_shape().items()}
+        return tuple(
+            maps[name][..., : (height + n - 1) // n, : (width + n - 1) // n]
+            for name, n in strides.items()
+        )
 
 
 class ObjectsGraph(Graph):
     """The objects in one image, by an R-CNN, RetinaNet or FCOS.
 
     ``boxes`` (n, 4) are x0, y0, x1, y1 in pixels of the image, ``scores`` (n,) and ``classes``
-    (n,) go with them, the best first; of an R-CNN with masks ``masks`` (n, 28, 28) are the
-    probabilities within each box.
+    (n,) go with them, the best first; of an R-CNN with masks ``masks`` are the probabilities within
+    each box, 28 x 28 of detectron2's mask head.
     """
 
     batches = False
 
     def __init__(self, model: nn.Module):
         masks = getattr(getattr(model, "roi_heads", None), "mask_on", False)
-        masks = {"masks": ("objects", 28, 28)} if masks else {}
+        masks = {"masks": ("objects", "mask_height", "mask_width")} if masks else {}
         super().__init__(
             model, boxes=("objects", 4), scores=("objects",), classes=("objects",), **masks
         )
@@ -108,10 +125,6 @@ class QueriesGraph(Graph):
     def __init__(self, model: TransformersDetector):
         axes = ("batch", "objects")
         super().__init__(model, boxes=(*axes, 4), scores=axes, classes=axes)
-
-    @property
-    def multiple(self) -> int:
-        return self.model.backbone.size_divisibility or self.model.size_divisibility
 
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
         model, size = self.model, images.shape[-2:]
@@ -141,10 +154,6 @@ class MasksGraph(Graph):
         else:
             outputs = {"sem_seg": ("batch", "classes", *pixels)}
         super().__init__(model, **outputs)
-
-    @property
-    def multiple(self) -> int:
-        return self.model.backbone.size_divisibility or self.model.size_divisibility
 
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
         model, (height, width) = self.model, images.shape[-2:]
@@ -190,10 +199,12 @@ def make_graph(model: nn.Module) -> Graph:
         return MasksGraph(model)
     if isinstance(model, TransformersDetector) and not model.masks:
         return QueriesGraph(model)
-    if type(model) is GeneralizedRCNN or isinstance(model, DenseDetector):
+    keypoints = getattr(getattr(model, "roi_heads", None), "keypoint_on", False)
+    if type(model) is GeneralizedRCNN and not keypoints or isinstance(model, DenseDetector):
         return ObjectsGraph(model)
     raise ValueError(
-        f"a {type(model).__name__} cannot be exported: GeneralizedRCNN, RetinaNet, FCOS, "
-        "SemanticSegmentor, TransformersDetector without masks, and TransformersSegmenter but for "
-        "panoptic segmentation can"
+        f"a {type(model).__name__}{' with keypoints' * keypoints} cannot be exported: "
+        "GeneralizedRCNN without keypoints, RetinaNet, FCOS, SemanticSegmentor, "
+        "TransformersDetector without masks, and TransformersSegmenter but for panoptic "
+        "segmentation can"
     )

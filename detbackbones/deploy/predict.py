@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from PIL import Image
 from tqdm import tqdm
 
+from ..data.files import check_new
 from ..messages import one_of, whole_number
 from .extras import import_supervision
 from .predictor import Predictor, check_tiles
@@ -66,8 +67,7 @@ def predict_files(
             raise ValueError(f"tile={tile} must be left out for a model that gives label maps")
     import_supervision()
     output = Path(output)
-    if output.exists() and (output.is_file() or any(output.iterdir())):
-        raise FileExistsError(f"output={str(output)!r} must be a new or an empty folder")
+    check_new("output", output)
     images = [source for source in sources if not source.is_video]
     videos = [source for source in sources if source.is_video]
     faults: list[str] = []

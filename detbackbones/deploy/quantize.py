@@ -5,41 +5,52 @@ node is a cast, as it is in R-CNNs.
 """
 
 import logging
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import numpy as np
+import torch
 
-from .formats import FORMATS, import_extra
+from ..messages import first_line
+from .extras import import_exporter
+from .formats import FORMATS
 
 LAYERS = ["Conv", "Gemm", "MatMul"]  # with all that onnxruntime can, an AP of 51.2 became 30.8
 
 
-def quantize(folder: Path, images: Sequence[np.ndarray], *, format: str, attends: bool) -> None:
+def quantize(folder: Path, images: Sequence[torch.Tensor], *, format: str, attends: bool) -> None:
     """Replace the exported file by one of 8 bits.
 
     The ranges of the activations are those of the images: post-training static quantisation.
 
     Args:
         folder: that was exported to.
-        images: (1, C, H, W) of sizes that the model takes, 100 to 300 of them.
+        images: (C, H, W) of sizes that the model takes, 100 to 300 of them.
         format: one of :data:`QUANTIZE`.
         attends: whether the model has attention, of which NNCF keeps more in full precision.
 
     Raises:
         ImportError: if NNCF or onnxruntime is not installed.
+        ValueError: if they cannot quantise the model.
     """
-    QUANTIZE[format](folder / FORMATS[format].file, images, attends)
+    try:
+        QUANTIZE[format](folder / FORMATS[format].file, images, attends)
+    except ImportError:
+        raise
+    except Exception as error:  # they fail in any way
+        raise ValueError(f"the model cannot be quantised: {first_line(error)}") from error
 
 
-def _by_nncf(file: Path, images: Sequence[np.ndarray], attends: bool) -> None:
-    nncf, openvino = import_extra("nncf"), import_extra("openvino")
+def _array(image: torch.Tensor) -> np.ndarray:
+    return image[None].float().numpy()
+
+
+def _by_nncf(file: Path, images: Sequence[torch.Tensor], attends: bool) -> None:
+    nncf, openvino = import_exporter("nncf"), import_exporter("openvino")
     logging.getLogger("nncf").setLevel(logging.ERROR)
     options = {"model_type": nncf.ModelType.TRANSFORMER} if attends else {}
-    model = openvino.Core().read_model(file)
-    small = nncf.quantize(model, nncf.Dataset([*images]), subset_size=len(images), **options)
+    model, dataset = openvino.Core().read_model(file), nncf.Dataset([*images], _array)
+    small = nncf.quantize(model, dataset, subset_size=len(images), **options)
     between = file.with_name("int8.xml")  # the file is in use while it is written
     openvino.save_model(small, between, compress_to_fp16=False)
     del model
@@ -47,8 +58,8 @@ def _by_nncf(file: Path, images: Sequence[np.ndarray], attends: bool) -> None:
         between.with_suffix(suffix).replace(file.with_suffix(suffix))
 
 
-def _by_onnxruntime(file: Path, images: Sequence[np.ndarray], attends: bool) -> None:
-    import_extra("onnxruntime")
+def _by_onnxruntime(file: Path, images: Sequence[torch.Tensor], attends: bool) -> None:
+    import_exporter("onnxruntime")
     from onnxruntime.quantization import CalibrationDataReader, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
@@ -58,13 +69,14 @@ def _by_onnxruntime(file: Path, images: Sequence[np.ndarray], attends: bool) -> 
 
         def get_next(self) -> dict[str, np.ndarray] | None:
             image = next(self.images, None)
-            return None if image is None else {"images": image}
+            return None if image is None else {"images": _array(image)}
 
-    with TemporaryDirectory() as between:
-        ready, small = (str(Path(between, name)) for name in ("ready.onnx", "small.onnx"))
-        quant_pre_process(str(file), ready, skip_symbolic_shape=True)
-        quantize_static(ready, small, Reader(), op_types_to_quantize=LAYERS, per_channel=True)
-        shutil.move(small, file)
+    ready, small = (file.with_name(name) for name in ("ready.onnx", "small.onnx"))
+    quant_pre_process(str(file), str(ready), skip_symbolic_shape=True)
+    quantize_static(ready, small, Reader(), op_types_to_quantize=LAYERS, per_channel=True)
+    ready.unlink()
+    small.replace(file)
 
 
 QUANTIZE = {"onnx": _by_onnxruntime, "openvino": _by_nncf}
+PACKAGES = {"onnx": ("onnxruntime",), "openvino": ("nncf", "openvino")}
