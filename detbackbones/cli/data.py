@@ -1,19 +1,20 @@
-r"""Check a data set of objects, convert it to COCO's format, or split it.
+r"""Check a data set, convert it to the form that is trained on, or split it.
 
     detbackbones data check FOLDER
     detbackbones data convert FOLDER --output coco
     detbackbones data split FOLDER --output coco --val 0.2
 
 The folder has images, and what is said of them in a format that is found: COCO, YOLO, Pascal VOC,
-CVAT for images, LabelMe, Label Studio, or a CSV file of boxes.
+CVAT for images, LabelMe, Label Studio, a CSV file of boxes, or label maps: images of indices, of
+colours, or a mask for each class.
 
 `check` says what is there, everything that is wrong, by file and line, and what is suspicious, and
 draws some images with their objects. The exit status is 1 if something is wrong. `convert` writes
-train.json, val.json, ... for the splits that the data have; `split` makes them, the same ones for a
-seed, with each class divided as the images are. Images stay where they are.
+train.json, val.json, ... in COCO's format for the splits that the data have; `split` makes them,
+the same ones for a seed, with each class divided as the images are. Of label maps train.txt and
+val.txt are written, lists of images, and labels/train and labels/val. Images stay where they are.
 """
 
-import json
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -23,8 +24,9 @@ from detectron2.data import MetadataCatalog, get_detection_dataset_dicts
 
 from ..data.coco import register_coco
 from ..data.formats import FORMATS, Findings, read_folder
-from ..data.formats.convert import split_pictures, write_coco
+from ..data.formats.convert import split_pictures, write_splits
 from ..data.formats.report import suspicions, tables
+from ..data.semantic import register_semantic
 from ..messages import fraction
 from ..training.pictures import draw_annotations
 from .program import fail, new_parser
@@ -57,9 +59,14 @@ def _draw(found: Findings, picture: str | None) -> None:
     if not shown:
         return
     with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder, "shown.json")
-        file.write_text(json.dumps(found.coco(shown)))
-        name = register_coco(str(file), str(found.folder))
+        found.faults, faults = [], found.faults
+        (file,) = write_splits(found, {"shown": shown}, folder)
+        found.faults = faults
+        if found.label_map is None:
+            name = register_coco(str(file), str(found.folder))
+        else:
+            labels = str(Path(folder, "labels", "shown"))
+            name = register_semantic(str(file), labels, len(found.names), found.names, partial=True)
         dicts = get_detection_dataset_dicts(name, filter_empty=False)
         file = draw_annotations(dicts, MetadataCatalog.get(name), picture or PICTURE)
     print(f"wrote {file}")
@@ -68,7 +75,7 @@ def _draw(found: Findings, picture: str | None) -> None:
 def convert(found: Findings, output: str) -> None:
     """Write the splits that the data have."""
     splits = {split: [*pictures.values()] for split, pictures in found.splits.items()}
-    _say(write_coco(found, splits, output), found)
+    _say(write_splits(found, splits, output), found)
 
 
 def split(found: Findings, output: str, val: float, test: float, seed: int) -> None:
@@ -79,12 +86,12 @@ def split(found: Findings, output: str, val: float, test: float, seed: int) -> N
         raise ValueError(f"--val {val} and --test {test} must add up to more than 0, less than 1")
     fractions = {"train": 1 - val - test, "val": val, "test": test}
     fractions = {name: part for name, part in fractions.items() if part}
-    _say(write_coco(found, split_pictures([*found.pictures], fractions, seed), output), found)
+    _say(write_splits(found, split_pictures([*found.pictures], fractions, seed), output), found)
 
 
 def _say(files: Sequence[Path], found: Findings) -> None:
     for file in files:
-        print(f"wrote {file}: its images are in {found.folder}")
+        print(f"wrote {file}: its images are in '{found.folder}'")
 
 
 def main(words: Sequence[str] | None = None) -> None:
@@ -93,6 +100,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("folder")
     add = parser.add_argument
     add("--format", choices=[*FORMATS], help="by default the one that is found")
+    add("--palette", metavar="FILE", help="of label maps: names of values or colours")
     add("--output", metavar="FOLDER", help="of convert and split")
     add("--picture", metavar="FILE", help=f"of check (default: {PICTURE}, if there is none yet)")
     add("--val", type=float, default=0.2, help="of split, a fraction (default: %(default)s)")
@@ -102,7 +110,7 @@ def main(words: Sequence[str] | None = None) -> None:
     if args.action != "check" and not args.output:
         parser.error(f"{args.action} needs --output")
     try:
-        name, found = read_folder(args.folder, args.format)
+        name, found = read_folder(args.folder, args.format, args.palette)
         print(f"{args.folder}: {name}, {sum(len(p) for p in found.splits.values())} images")
         for note in found.notes:
             print(f"note: {note}")

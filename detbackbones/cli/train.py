@@ -9,10 +9,10 @@ The config is a file, or one that comes with the package, by its name. The outpu
 config.yaml, checkpoints, metrics.json, log.txt, and pictures: predictions.png, hardest.png,
 errors.png, curves.png, and batch.png, which shows what the first batch was.
 
-With --data the folder's format is found (COCO, YOLO, Pascal VOC and others: `detbackbones data
---help`), train.json and val.json are written to data/ in the output folder, with a split that is
-made where there is none, and --config-file is finetune/faster_rcnn.py by default, or mask_rcnn.py
-where each object has a mask.
+With --data the folder's format is found (COCO, YOLO, Pascal VOC, label maps and others:
+`detbackbones data --help`), train.json and val.json are written to data/ in the output folder, with
+a split that is made where there is none, and --config-file is by default finetune/faster_rcnn.py,
+or mask_rcnn.py where each object has a mask, or semantic_fpn.py for label maps; --task says it.
 """
 
 import argparse
@@ -37,6 +37,12 @@ from ..training.run import fit, prepare, with_train_settings
 from . import eval as evaluation
 from .launch import WRONG_INPUT, add_arguments, load_asked, start
 from .program import fail, new_parser
+
+CONFIGS = {
+    "boxes": "finetune/faster_rcnn.py",
+    "masks": "finetune/mask_rcnn.py",
+    "semantic": "finetune/semantic_fpn.py",
+}
 
 
 def work(command: str, cfg: DictConfig, resume: bool) -> None:
@@ -86,16 +92,21 @@ def _has(args: argparse.Namespace, key: str) -> bool:
 def _take_data(args: argparse.Namespace) -> None:
     """Give the arguments the config and the files of a folder of data."""
     default = not args.config_file
-    args.config_file = args.config_file or "finetune/faster_rcnn.py"
+    args.config_file = args.config_file or CONFIGS["boxes"]
     try:
         cfg = with_train_settings(load_asked(args))
         apply_overrides(cfg, [word for word in args.opts if word.startswith("train.output_dir=")])
-        data = prepare_training(args.data, Path(cfg.train.output_dir, "data"), args.format)
+        semantic = args.task == "semantic" or args.palette
+        format = args.format or ("label_maps" if semantic else None)
+        folder = Path(cfg.train.output_dir, "data")
+        data = prepare_training(args.data, folder, format, args.palette)
+        if args.task not in (None, data.task) and (args.task, data.task) != ("boxes", "masks"):
+            raise ValueError(f"--task {args.task} must be what the data have: {data.task}")
     except WRONG_INPUT as error:
         fail("train", error)
     print(data.said)
-    if default and data.masks:
-        args.config_file = "finetune/mask_rcnn.py"
+    if default:
+        args.config_file = CONFIGS[args.task or data.task]
     args.opts = [*(f"{name}={value}" for name, value in data.settings.items()), *args.opts]
 
 
@@ -105,6 +116,8 @@ def main(words: Sequence[str] | None = None) -> None:
     add = parser.add_argument
     add("--data", metavar="FOLDER", help="of images and what is said of them, in a known format")
     add("--format", choices=[*FORMATS], help="of --data, by default the one that is found")
+    add("--task", choices=CONFIGS, help="of --data, by default all that the data have")
+    add("--palette", metavar="FILE", help="of label maps in --data: names of values or colours")
     add("--resume", action="store_true", help="continue the run in the output folder")
     add("--overwrite", action="store_true", help="replace the run in the output folder")
     add("--eval-only", action="store_true", help="evaluate, do not train: detbackbones eval")
@@ -113,8 +126,9 @@ def main(words: Sequence[str] | None = None) -> None:
     args = parser.parse_intermixed_args(words)
     if args.data:
         _take_data(args)
-    elif args.format:
-        fail("train", f"--format {args.format} must stand with --data")
+    for key in ("format", "task", "palette"):
+        if getattr(args, key) and not args.data:
+            fail("train", f"--{key} {getattr(args, key)} must stand with --data")
     tools = {"--find-lr": find_lr, "--find-batch": find_batch}
     given = [key for key in (*tools, "--resume", "--overwrite", "--eval-only") if _has(args, key)]
     if given and given[0] in tools:

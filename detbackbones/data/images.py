@@ -90,19 +90,27 @@ def shown_channels(image: np.ndarray) -> np.ndarray:
 
 
 def list_images(root: str, parameter: str, suffixes: Collection[str] = SUFFIXES) -> list[Path]:
-    """The images of a folder or a pattern, sorted by name.
+    """The images of a folder, a pattern or a list, sorted by name.
 
     Args:
-        root: a folder, or a pattern such as ``images/train_*.jpg``.
+        root: a folder, a pattern such as ``images/train_*.jpg``, or a text file ``train.txt`` of
+            paths, one a line, relative to it or absolute.
         parameter: name of the argument that has it.
         suffixes: of the files that are meant.
 
     Raises:
-        FileNotFoundError: if there are none.
-        ValueError: if it is empty, or a file.
+        FileNotFoundError: if there are none, or one of a list is not there.
+        ValueError: if it is empty, or another file.
     """
     if glob.has_magic(root) and not os.path.isdir(root):
         files = glob.glob(os.path.abspath(root))
+    elif root.lower().endswith(".txt") and os.path.isfile(root):
+        lines = Path(root).read_text().splitlines()
+        files = [
+            os.path.join(os.path.dirname(os.path.abspath(root)), x) for x in lines if x.strip()
+        ]
+        if missing := next((file for file in files if not os.path.isfile(file)), None):
+            raise FileNotFoundError(f"{parameter}={root!r}: its image '{missing}' does not exist")
     else:
         what = "the folder of the images or a pattern of them"
         files = existing(parameter, root, os.path.isdir, what).iterdir()

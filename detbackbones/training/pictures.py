@@ -119,10 +119,11 @@ def draw_batch(
 def draw_annotations(
     images: Sequence[dict[str, Any]], metadata: Metadata, path: str | Path
 ) -> Path:
-    """Draw images with their objects, two in a row.
+    """Draw images with their objects or label maps, two in a row.
 
     Args:
-        images: detectron2 dataset dicts with ``annotations``; at least one.
+        images: detectron2 dataset dicts with ``annotations`` or ``sem_seg_file_name``; at least
+            one.
         metadata: the data set's entry in `MetadataCatalog`.
         path: the PNG file to write; its folder is made.
 
@@ -132,7 +133,8 @@ def draw_annotations(
     colors, pictures, drawn = _colors(metadata), [], set()
     for image in images:
         pixels = read_image(image["file_name"])
-        regions = _truth(image, "instances", pixels.shape[:2], metadata)
+        regions = _truth(image, "panoptic_seg", pixels.shape[:2], metadata)
+        regions = [region for region in regions if region.name not in UNPAINTED]
         drawn.update(region.name for region in regions)
         pictures.append(_draw(pixels, regions, colors))
     return _save(_in_twos(pictures), ("what is annotated", ""), colors, drawn, path)

@@ -10,7 +10,7 @@ from dataset_writers import WRITERS
 from detbackbones.cli import data as program
 from detbackbones.data.coco import register_coco
 from detbackbones.data.formats import read_folder
-from detbackbones.data.formats.convert import prepare_training, split_pictures, write_coco
+from detbackbones.data.formats.convert import prepare_training, split_pictures, write_splits
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from PIL import Image
 from pycocotools import mask as mask_util
@@ -64,7 +64,9 @@ def _assert_read_back(name, splits, images, folder, mask_format=None):
     assert {split: len(p) for split, p in found.splits.items()} == {
         split: len(content["images"]) for split, content in splits.items()
     }
-    files = write_coco(found, {s: [*p.values()] for s, p in found.splits.items()}, folder / "made")
+    files = write_splits(
+        found, {s: [*p.values()] for s, p in found.splits.items()}, folder / "made"
+    )
     for file in files:
         given = folder / f"given_{file.name}"
         given.write_text(json.dumps(splits[file.stem]))
@@ -382,7 +384,7 @@ def test_what_is_broken_is_named(format, old, new, said, tmp_path):
     assert any(said in fault for fault in found.faults), found.faults
     assert str(tmp_path) in found.faults[0]
     with pytest.raises(ValueError):
-        write_coco(found, {}, tmp_path / "made")
+        write_splits(found, {}, tmp_path / "made")
 
 
 def test_the_program_checks(tmp_path, capsys):
@@ -658,7 +660,7 @@ def test_what_no_split_has_is_said(tmp_path):
         (tmp_path / split / "boxes.csv").write_text(text)
     data = prepare_training(tmp_path, tmp_path / "made")
     assert "csv, split as train and val, 1 images of all left out; 1 and 1 images" in data.said
-    assert not data.masks
+    assert data.task == "boxes"
 
 
 def test_a_picture_is_not_overwritten_unasked(tmp_path, monkeypatch, capsys):

@@ -1,9 +1,9 @@
-"""Data sets of objects as people have them, whatever the format."""
+"""Data sets as people have them, whatever the format."""
 
 from pathlib import Path
 
 from ...messages import one_of
-from . import coco, cvat, label_studio, labelme, table, voc, yolo
+from . import coco, cvat, label_maps, label_studio, labelme, table, voc, yolo
 from .findings import ALL, Findings, Picture, Thing
 
 FORMATS = {
@@ -14,17 +14,23 @@ FORMATS = {
     "labelme": labelme,
     "coco": coco,
     "csv": table,
+    "label_maps": label_maps,
 }
 
 __all__ = ["ALL", "FORMATS", "Findings", "Picture", "Thing", "read_folder"]
 
 
-def read_folder(folder: str | Path, format: str | None = None) -> tuple[str, Findings]:
-    """Read a data set of boxes, or boxes and masks.
+def read_folder(
+    folder: str | Path, format: str | None = None, palette: str | Path | None = None
+) -> tuple[str, Findings]:
+    """Read a data set of boxes, of boxes and masks, or of label maps.
 
     Args:
         folder: that holds the images and what is said of them.
-        format: a key of ``FORMATS``; None is for the one that is found.
+        format: a key of ``FORMATS``; None is for the one that is found. Label maps are what they
+            are taken for where nothing else is there.
+        palette: the file that says what the values or colours of label maps are; None is for the
+            one that is in the folder, if any.
 
     Returns:
         the format, and what was found, with all faults.
@@ -36,6 +42,10 @@ def read_folder(folder: str | Path, format: str | None = None) -> tuple[str, Fin
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"folder={str(folder)!r} must be a folder of data, and is none")
+    if palette is not None:
+        format = format or "label_maps"
+        if format != "label_maps":
+            raise ValueError(f"palette={str(palette)!r} is for label maps, not for {format!r}")
     if format is not None:
         one_of("format", format, FORMATS)
     findings = Findings(folder)
@@ -45,12 +55,15 @@ def read_folder(folder: str | Path, format: str | None = None) -> tuple[str, Fin
         kind = f"data of format={format!r}" if format else f"one of {', '.join(FORMATS)}"
         raise FileNotFoundError(f"folder={str(folder)!r} must hold {kind}, and holds none")
     if len(found) > 1:
+        found.pop("label_maps", None)  # the masks of objects, it may be
+    if len(found) > 1:
         shown = ", ".join(f"{name} ({files[0].name})" for name, files in found.items())
         raise ValueError(
             f"folder={str(folder)!r} holds several formats, {shown}: say which by format (--format)"
         )
     ((name, files),) = found.items()
-    FORMATS[name].read(files, findings)
+    more = {"palette": palette} if palette is not None else {}
+    FORMATS[name].read(files, findings, **more)
     order = ("train", "val", "test", ALL)
     findings.splits = {split: findings.splits[split] for split in order if split in findings.splits}
     _check(findings, files[0])
@@ -59,6 +72,8 @@ def read_folder(folder: str | Path, format: str | None = None) -> tuple[str, Fin
 
 def _check(found: Findings, file: Path) -> None:
     """Note what the whole of the data tells."""
+    if found.label_map is not None:
+        return
     boxes = [thing.box for picture in found.pictures for thing in picture.things]
     if not any(found.splits.values()) and not found.faults:
         found.fault(file, None, "it must have images, and has none")

@@ -1,29 +1,41 @@
-"""Writing a data set in COCO's format, and splitting it."""
+"""Writing a data set in the form that is trained on, and splitting it."""
 
 import json
 import random
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
 from ...weights import replacing
+from ..images import read_label_map
 from . import read_folder
 from .findings import Findings, Picture
 
+CLASSES = "classes.txt"
 
-def write_coco(
+
+def write_splits(
     found: Findings, splits: Mapping[str, Sequence[Picture]], output: str | Path
 ) -> list[Path]:
-    """Write a JSON file for each split; the images stay where they are, below the folder.
+    """Write what a training reads of each split; the images stay where they are, below the folder.
+
+    It is a JSON file in COCO's format, or, of label maps, a text file of the images' paths, their
+    label maps as indices in ``labels/`` and the name of the split, and the names of the classes in
+    ``classes.txt``.
 
     Args:
-        found: of the folder, which becomes ``dataset.train_images`` and ``dataset.val_images``.
+        found: of the folder, which of boxes becomes ``dataset.train_images`` and
+            ``dataset.val_images``.
         splits: pictures by the names of the files, without a suffix.
         output: the folder to write to; it is made.
 
     Returns:
-        the files.
+        the file of each split.
 
     Raises:
         ValueError: if there are faults.
@@ -34,15 +46,44 @@ def write_coco(
         others = f" (and {more} more: detbackbones data check lists all)" if more else ""
         raise ValueError(f"{found.faults[0]}{others}")
     output = Path(output)
-    texts = {output / f"{name}.json": json.dumps(found.coco(p)) for name, p in splits.items()}
+    if found.label_map is None:
+        files = [output / f"{name}.json" for name in splits]
+        texts = dict(zip(files, (json.dumps(found.coco(p)) for p in splits.values())))
+    else:
+        files = [output / f"{name}.txt" for name in splits]
+        lines = [[str(picture.file) for picture in pictures] for pictures in splits.values()]
+        texts = dict(zip([*files, output / CLASSES], map("\n".join, [*lines, found.names])))
     for file, text in texts.items():
         if file.exists() and file.read_text() != text:
-            raise FileExistsError(f"'{file}' holds other data: choose another folder, or remove it")
+            raise _holds_others(file)
+    if found.label_map is not None:
+        for name, pictures in splits.items():
+            _write_label_maps(found.label_map, pictures, output / "labels" / name)
     output.mkdir(parents=True, exist_ok=True)
     for file, text in texts.items():
         with replacing(str(file)) as temporary:
             Path(temporary).write_text(text)
-    return [*texts]
+    return files
+
+
+def _write_label_maps(
+    label_map: Callable[[Path], np.ndarray], pictures: Sequence[Picture], folder: Path
+) -> None:
+    """Write the label maps of a split, each ``a.png`` for an image ``a``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for picture in tqdm(pictures, f"writing {folder}", unit="image", leave=False):
+        file = folder / f"{picture.file.stem}.png"
+        labels = label_map(picture.file)
+        if file.exists():
+            if not np.array_equal(read_label_map(str(file)), labels):
+                raise _holds_others(file)
+            continue
+        with replacing(str(file)) as temporary:
+            Image.fromarray(labels).save(temporary, format="png")
+
+
+def _holds_others(file: Path) -> FileExistsError:
+    return FileExistsError(f"'{file}' holds other data: choose another folder, or remove it")
 
 
 class Prepared(NamedTuple):
@@ -50,17 +91,21 @@ class Prepared(NamedTuple):
 
     Attributes:
         settings: keys of a config and their values.
-        masks: whether each object has a mask.
+        task: what can be learned of it: ``"boxes"``, ``"masks"`` or ``"semantic"``.
         said: what was found and done.
     """
 
     settings: dict[str, str]
-    masks: bool
+    task: str
     said: str
 
 
 def prepare_training(
-    folder: str | Path, output: str | Path, format: str | None = None, seed: int = 0
+    folder: str | Path,
+    output: str | Path,
+    format: str | None = None,
+    palette: str | Path | None = None,
+    seed: int = 0,
 ) -> Prepared:
     """Make of a folder what a training needs.
 
@@ -69,15 +114,15 @@ def prepare_training(
 
     Args:
         folder: as of :func:`read_folder`.
-        output: the folder that train.json and val.json are written to.
-        format: as of :func:`read_folder`.
+        output: the folder that is written to, see :func:`write_splits`.
+        format, palette: as of :func:`read_folder`.
         seed: of the split.
 
     Raises:
         ValueError: if there are faults.
         OSError: if there is no data, or the output holds other data.
     """
-    name, found = read_folder(folder, format)
+    name, found = read_folder(folder, format, palette)
     splits = {split: [*pictures.values()] for split, pictures in found.splits.items()}
     val = next((split for split in ("val", "test") if splits.get(split)), None)
     if val and splits.get("train"):
@@ -87,16 +132,25 @@ def prepare_training(
     else:
         chosen = split_pictures([*found.pictures], {"train": 0.8, "val": 0.2}, seed)
         how = f"without a split for validation: a fifth is taken, by seed {seed}"
-    files = write_coco(found, chosen, output)
-    settings = {f"dataset.{split}_json": str(file) for split, file in zip(chosen, files)}
-    settings |= {f"dataset.{split}_images": str(found.folder) for split in chosen}
-    kinds = {type(thing.mask) for picture in found.pictures for thing in picture.things}
-    if dict in kinds and type(None) not in kinds:
-        settings["dataloader.train.mapper.instance_mask_format"] = "bitmask"
+    files = write_splits(found, chosen, output)
+    settings, task = {}, "semantic"
+    if found.label_map is None:
+        settings = {f"dataset.{split}_json": str(file) for split, file in zip(chosen, files)}
+        settings |= {f"dataset.{split}_images": str(found.folder) for split in chosen}
+        kinds = {type(thing.mask) for picture in found.pictures for thing in picture.things}
+        task = "boxes" if type(None) in kinds else "masks"
+        if dict in kinds and task == "masks":
+            settings["dataloader.train.mapper.instance_mask_format"] = "bitmask"
+    else:
+        for split, file in zip(chosen, files):
+            settings[f"dataset.{split}_images"] = str(file)
+            settings[f"dataset.{split}_labels"] = str(Path(output, "labels", split))
+        settings["dataset.num_classes"] = str(len(found.names))
+        settings["dataset.classes"] = json.dumps(found.names)
     counts = " and ".join(str(len(pictures)) for pictures in chosen.values())
     said = f"{folder}: {name}, {how}; {counts} images: wrote {' and '.join(map(str, files))}"
     said += "".join(f"\n{folder}: {note}" for note in found.notes)
-    return Prepared(settings, type(None) not in kinds, said)
+    return Prepared(settings, task, said)
 
 
 def split_pictures(

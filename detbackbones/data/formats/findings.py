@@ -2,11 +2,13 @@
 
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from ..coco_file import area, clip, is_polygon
 from ..images import SUFFIXES, image_size
@@ -63,6 +65,7 @@ class Findings:
         splits: the pictures of each of them, by file.
         faults: what is wrong, each with its file and line.
         notes: what one may want to know.
+        label_map: gives the label map of an image, uint8 (H, W), where the data are label maps.
     """
 
     def __init__(self, folder: Path):
@@ -75,6 +78,7 @@ class Findings:
         self.splits: dict[str, dict[Path, Picture]] = {}
         self.faults: list[str] = []
         self.notes: list[str] = []
+        self.label_map: Callable[[Path], np.ndarray] | None = None
         self._told: dict[Path, tuple[Path | None, Where]] = {}  # where an image was spoken of
         self._unusable: set[Path] = set()
 

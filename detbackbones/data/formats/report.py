@@ -16,6 +16,8 @@ _SIDES = (1, 8, 16, 32, 64, 128, 256, 512)  # pixels: the square root of a box's
 def tables(found: Findings) -> list[str]:
     """Tables of the splits, the classes and the sizes of objects."""
     splits = found.splits
+    if found.label_map is not None:
+        return _tables_of_label_maps(found)
     rows = []
     for split, pictures in splits.items():
         counts = [len(picture.things) for picture in pictures.values()]
@@ -39,6 +41,28 @@ def tables(found: Findings) -> list[str]:
     ]
 
 
+def _tables_of_label_maps(found: Findings) -> list[str]:
+    """Tables of the splits, and of the images and the pixels of each class."""
+    splits = {split: [*pictures.values()] for split, pictures in found.splits.items()}
+    sizes = {
+        s: sorted({f"{p.width}x{p.height}" for p in pictures}) for s, pictures in splits.items()
+    }
+    rows = [[split, len(p), few(sizes[split]).replace("'", "")] for split, p in splits.items()]
+    pixels = {s: sum(p.width * p.height for p in pictures) or 1 for s, pictures in splits.items()}
+    classes = []
+    for name in found.names:
+        areas = {
+            s: [t.area for p in ps for t in p.things if t.label == name] for s, ps in splits.items()
+        }
+        parts = [f"{len(areas[s])}, {sum(areas[s]) / pixels[s]:.1%}" for s in splits]
+        classes.append([name, *parts])
+    headers = ["class", *(f"{split}: images, pixels" for split in splits)]
+    return [
+        tabulate(rows, ["split", "images", "sizes"], "github"),
+        tabulate(classes, headers, "github", disable_numparse=True),
+    ]
+
+
 def suspicions(found: Findings) -> list[str]:
     """What is right as it is written, and may yet be a mistake."""
     said, names, pictures = [], found.names, [*found.pictures]
@@ -46,7 +70,7 @@ def suspicions(found: Findings) -> list[str]:
     for name in names:
         having = [split for split in where if name in where[split]]
         if not having:
-            said.append(f"class {name!r} has no object")
+            said.append(f"class {name!r} has no {'object' if found.label_map is None else 'pixel'}")
         elif len(having) == 1 < len(where):
             said.append(f"class {name!r} is in {having[0]} alone")
     alike = defaultdict(list)
