@@ -15,6 +15,7 @@ train.update(
     patience=None,  # evaluations without a better one, after which the training ends
     trackers=[],  # "wandb", "mlflow"
     pictures=8,  # images drawn with their predictions after the last evaluation
+    score_threshold=0.5,  # of the objects that are drawn
     allow_partial=False,  # init_checkpoint may have less than half of the backbone
     allow_pickle=False,  # init_checkpoint may be one of detectron2's .pkl files
 )

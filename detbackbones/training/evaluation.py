@@ -8,15 +8,18 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from detectron2.config import instantiate
 from detectron2.data import Metadata, MetadataCatalog
 from detectron2.evaluation import inference_on_dataset
 from detectron2.utils import comm
 from omegaconf import DictConfig
+from PIL import Image
 from tabulate import tabulate
 from timm.utils import distribute_bn
 from torch import nn
+from torch.utils.tensorboard import SummaryWriter
 
 from ..data.evaluator import CocoEvaluator
 from ..data.loader import TrainLoader
@@ -149,6 +152,14 @@ def draw_first_batch(cfg: DictConfig, loader: Iterable) -> list[Path]:
     return [draw_batch(batch, metadata, Path(cfg.train.output_dir, "batch.png"), bgr)]
 
 
+def show_in_tensorboard(pictures: list[Path], iteration: int) -> None:
+    """Let TensorBoard show pictures of a run, which are in its folder."""
+    for file in pictures:
+        with SummaryWriter(str(file.parent)) as writer, Image.open(file) as picture:
+            pixels = np.asarray(picture.convert("RGB"))
+            writer.add_image(file.stem, pixels, iteration, dataformats="HWC")
+
+
 def _draw(cfg: DictConfig, model: nn.Module, images: list[dict], path: Path) -> Path:
     mapper = instantiate(cfg.dataloader.test.mapper)
     model.eval()
@@ -156,7 +167,8 @@ def _draw(cfg: DictConfig, model: nn.Module, images: list[dict], path: Path) -> 
         predictions = [model([mapper(image)])[0] for image in images]
     metadata = _metadata(cfg.dataloader.test)
     read = getattr(mapper, "picture", None)
-    return draw_predictions(images, predictions, metadata, path, read=read)
+    threshold = cfg.train.score_threshold
+    return draw_predictions(images, predictions, metadata, path, threshold, read)
 
 
 def _metadata(loader: DictConfig) -> Metadata:

@@ -18,7 +18,9 @@ from matplotlib.patches import Patch
 from ..data.images import read_image, read_label_map, shown_channels
 from ..data.mixing import with_bits
 
-CELL, PANEL = 600, 592  # pixels: width of a column of pictures, and of a picture
+PANELS = {2: 592, 4: 442}  # pixels: width of a picture, by how many are in a row
+FEW = 4  # images that are drawn in rows of two pictures
+GAP = 8  # pixels between pictures
 HEADER = 30  # pixels: height of the titles
 KINDS = ("panoptic_seg", "instances", "sem_seg")
 MAX_LABELS = 10  # a picture with more objects has a legend only
@@ -42,7 +44,7 @@ def draw_predictions(
     score_threshold: float = 0.5,
     read: Callable[[dict[str, Any]], np.ndarray] | None = None,
 ) -> Path:
-    """Draw ground truth (left) beside predictions (right), one row for each image.
+    """Draw ground truth (left) beside predictions (right), an image in a row, or two of many.
 
     Of several predictions for an image the richest is drawn: panoptic_seg, instances, then sem_seg.
     Masks are drawn if there are any, boxes otherwise; stuff named background or things is left
@@ -71,8 +73,8 @@ def draw_predictions(
             f"images and predictions must be of one length, at least 1; got {len(images)} and "
             f"{len(predictions)}"
         )
-    colors = _colors(metadata)
-    rows, drawn = [], set()
+    colors, panel = _colors(metadata), _panel(2 * len(images))
+    pictures, drawn = [], set()
     for image, prediction in zip(images, predictions):
         pixels = read(image) if read else read_image(image["file_name"])
         kind = _kind(prediction, image["file_name"], pixels.shape[:2])
@@ -82,14 +84,14 @@ def draw_predictions(
         predicted = _predicted(prediction[kind], kind, metadata, score_threshold)
         sides = [[r for r in side if r.name not in UNPAINTED] for side in (truth, predicted)]
         drawn.update(region.name for side in sides for region in side)
-        rows.append([_draw(pixels, side, colors) for side in sides])
-    return _save(rows, ("ground truth", "prediction"), colors, drawn, path)
+        pictures += [_draw(pixels, side, colors, panel) for side in sides]
+    return _save(pictures, ("ground truth", "prediction"), colors, drawn, path)
 
 
 def draw_batch(
     samples: Sequence[dict[str, Any]], metadata: Metadata, path: str | Path, bgr: bool = False
 ) -> Path:
-    """Draw images as the model gets them to learn from, augmented, two in a row.
+    """Draw images as the model gets them to learn from, augmented.
 
     Args:
         samples: what a mapper gives: ``image`` (C, H, W) of 0 to 255, and ``instances`` or
@@ -102,6 +104,7 @@ def draw_batch(
         `path`.
     """
     colors, pictures, drawn = _colors(metadata), [], set()
+    panel = _panel(len(samples))
     for sample in samples:
         pixels = shown_channels(sample["image"].permute(1, 2, 0).numpy())
         pixels = np.ascontiguousarray(pixels[:, :, ::-1]) if bgr else pixels
@@ -112,14 +115,14 @@ def draw_batch(
             regions += _objects(with_bits(sample["instances"]), metadata)
         regions = [region for region in regions if region.name not in UNPAINTED]
         drawn.update(region.name for region in regions)
-        pictures.append(_draw(pixels, regions, colors))
-    return _save(_in_twos(pictures), ("what the model sees", ""), colors, drawn, path)
+        pictures.append(_draw(pixels, regions, colors, panel))
+    return _save(pictures, ("what the model sees",), colors, drawn, path)
 
 
 def draw_annotations(
     images: Sequence[dict[str, Any]], metadata: Metadata, path: str | Path
 ) -> Path:
-    """Draw images with their objects or label maps, two in a row.
+    """Draw images with their objects or label maps.
 
     Args:
         images: detectron2 dataset dicts with ``annotations`` or ``sem_seg_file_name``; at least
@@ -131,22 +134,28 @@ def draw_annotations(
         `path`.
     """
     colors, pictures, drawn = _colors(metadata), [], set()
+    panel = _panel(len(images))
     for image in images:
         pixels = read_image(image["file_name"])
         regions = _truth(image, "panoptic_seg", pixels.shape[:2], metadata)
         regions = [region for region in regions if region.name not in UNPAINTED]
         drawn.update(region.name for region in regions)
-        pictures.append(_draw(pixels, regions, colors))
-    return _save(_in_twos(pictures), ("what is annotated", ""), colors, drawn, path)
+        pictures.append(_draw(pixels, regions, colors, panel))
+    return _save(pictures, ("what is annotated",), colors, drawn, path)
 
 
-def _in_twos(pictures: list[np.ndarray]) -> list[list[np.ndarray]]:
-    """Rows of two pictures, a last one beside white."""
-    if len(pictures) % 2:
-        pictures = [*pictures, np.full_like(pictures[-1], 255)]
-    return [
-        [_padded(picture, row) for picture in row] for row in zip(pictures[::2], pictures[1::2])
-    ]
+def _panel(count: int) -> int:
+    """The width of each of some pictures, in pixels."""
+    return PANELS[4 if count > 2 * FEW else 2]
+
+
+def _rows(pictures: list[np.ndarray]) -> list[list[np.ndarray]]:
+    """Pictures in rows of two or four, as wide as they are, the last one filled up with white."""
+    (length,) = (length for length, panel in PANELS.items() if panel == pictures[0].shape[1])
+    missing = -len(pictures) % length
+    pictures = pictures + [np.full_like(pictures[-1], 255)] * missing
+    rows = [pictures[start : start + length] for start in range(0, len(pictures), length)]
+    return [[_padded(picture, row) for picture in row] for row in rows]
 
 
 def _padded(picture: np.ndarray, row: Sequence[np.ndarray]) -> np.ndarray:
@@ -255,11 +264,11 @@ def _region(
 
 
 def _draw(
-    pixels: np.ndarray, regions: list[_Region], colors: dict[str, tuple[float, ...]]
+    pixels: np.ndarray, regions: list[_Region], colors: dict[str, tuple[float, ...]], panel: int
 ) -> np.ndarray:
     """The image (H, W, 3) with its regions, as wide as a panel: so all labels are of one size."""
     height, width = pixels.shape[:2]
-    resize = ResizeTransform(height, width, max(round(PANEL * height / width), 1), PANEL)
+    resize = ResizeTransform(height, width, max(round(panel * height / width), 1), panel)
     visualizer = Visualizer(resize.apply_image(pixels))
     few = sum(bool(region.label) for region in regions) <= MAX_LABELS
     for name, label, mask, box in sorted(regions, key=_area, reverse=True):  # small ones on top
@@ -291,27 +300,39 @@ def _area(region: _Region) -> float:
 
 
 def _save(
-    rows: list[list[np.ndarray]],
+    pictures: list[np.ndarray],
     titles: Sequence[str],
     colors: dict[str, tuple[float, ...]],
     drawn: set[str],
     path: str | Path,
 ) -> Path:
-    """Place the pictures pixel by pixel, below titles and above a legend of what is drawn."""
+    """Place pictures pixel by pixel, below titles and above a legend of what is drawn.
+
+    Args:
+        pictures: of one width, see :func:`_panel`.
+        titles: of the columns from the left, again and again if there are two.
+        colors: of classes.
+        drawn: the classes that are in the pictures.
+        path: the file.
+    """
     colors = {name: color for name, color in colors.items() if name in drawn}
-    columns = max(2 * CELL // (60 + 10 * max(map(len, colors), default=0)), 1)
-    cells = [CELL * picture.shape[0] // PANEL for picture, _ in rows]
+    rows = _rows(pictures)
+    cell = pictures[0].shape[1] + GAP
+    cells = [row[0].shape[0] + GAP for row in rows]
+    width = len(rows[0]) * cell + 20
+    columns = max((width - 20) // (60 + 10 * max(map(len, colors), default=0)), 1)
     footer = 20 + 25 * -(-len(colors) // columns)
-    width, height = 2 * CELL + 20, HEADER + sum(cells) + footer
+    height = HEADER + sum(cells) + footer
     figure = Figure((width / 100, height / 100), dpi=100)
-    for column, title in enumerate(titles):
-        center = 10 + (column + 0.5) * CELL
-        figure.text(
-            center / width, 1 - HEADER / 2 / height, title, fontsize=14, ha="center", va="center"
-        )
+    for column in range(len(rows[0])):
+        left = 10 + GAP / 2 + column * cell
+        if column < len(titles) or len(titles) > 1:
+            center, middle = (left + cell / 2) / width, 1 - HEADER / 2 / height
+            title = titles[column % len(titles)]
+            figure.text(center, middle, title, fontsize=14, ha="center", va="center")
         for row, pictures in enumerate(rows):
             bottom = height - HEADER - sum(cells[: row + 1])
-            figure.figimage(pictures[column], center - PANEL / 2, bottom, origin="upper")
+            figure.figimage(pictures[column], left, bottom, origin="upper")
     handles = [Patch(color=color, label=name) for name, color in colors.items()]
     figure.legend(handles=handles, loc="lower center", ncols=columns, fontsize=12, frameon=False)
     path = Path(path)

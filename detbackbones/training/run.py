@@ -25,7 +25,14 @@ from .best import BestModel, StoppedEarly
 from .build import build_model, build_trainer, last_checkpoint, load_trained, load_weights
 from .checkpoint import Checkpointer
 from .curves import draw_curves
-from .evaluation import Results, draw_first_batch, draw_pictures, evaluate_model, without_nan
+from .evaluation import (
+    Results,
+    draw_first_batch,
+    draw_pictures,
+    evaluate_model,
+    show_in_tensorboard,
+    without_nan,
+)
 from .interrupt import InterruptHook
 from .log import logging_to
 from .metrics import (
@@ -285,7 +292,9 @@ def fit(run: Run) -> Results:
         sum(p.numel() for p in parameters if p.requires_grad) / 1e6,
     )
     if main:
-        log_files(draw_first_batch(cfg, trainer.data_loader))
+        written = draw_first_batch(cfg, trainer.data_loader)
+        show_in_tensorboard(written, run.start_iter)
+        log_files(written)
     try:
         trainer.train(run.start_iter, settings.max_iter)
     except StoppedEarly as end:
@@ -298,6 +307,7 @@ def fit(run: Run) -> Results:
             results.update(found)
     if main:
         written = draw_pictures(cfg, run.evaluated, evaluator)
+        show_in_tensorboard(written, trainer.iter)
         written.append(draw_curves(folder / "metrics.json", folder / "curves.png"))
         names = ["model_final.pth", BEST, "metrics.json", "config.yaml", "log.txt"]
         log_files([*written, *(folder / name for name in names if (folder / name).is_file())])

@@ -106,6 +106,7 @@ SETTINGS: Mapping[str, Rule] = {
     "train.best_metric": or_null(TEXT),
     "train.patience": or_null(whole(1)),
     "train.pictures": whole(0),
+    "train.score_threshold": number(0, 1),
     "train.allow_partial": SWITCH,
     "train.allow_pickle": SWITCH,
     "train.amp.enabled": SWITCH,

@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 
@@ -16,7 +17,8 @@ from detbackbones.deploy.export_detector import export_detector
 from detbackbones.deploy.exported import Exported
 from detbackbones.training import train
 from detectron2.config import instantiate
-from support import load_tool, run_main
+from PIL import Image
+from support import TOOLS, load_tool, run_main
 from torch import nn
 
 onnx = pytest.importorskip("onnx")
@@ -351,6 +353,25 @@ def test_a_run_from_the_command_line(run, format, tmp_path, capsys):
     boxes = np.float32([line[2:] for line in lines])
     np.testing.assert_allclose(boxes, instances.pred_boxes.tensor, atol=1)  # PIL resizes
     assert [line[0] for line in lines] == [about["classes"][i] for i in instances.pred_classes]
+
+
+@pytest.mark.parametrize("name", ["mask_rcnn", "mask2former_instance"])
+def test_the_example_gives_masks(name, tmp_path):
+    """Those of the model, but for pixels at edges."""
+    model = _model(name)
+    photograph = Image.open(next(iter((TOOLS / "blood/images").iterdir()))).resize((96, 64))
+    tensor = torch.from_numpy(np.array(photograph)).permute(2, 0, 1)
+    about = {"score_threshold": 0.0, "classes": [f"c{i}" for i in range(10)]}
+    export(model, tmp_path / "x", [tensor], about=about)
+    objects = runpy.run_path(str(tmp_path / "x" / "example.py"))["detect"](photograph)
+    with torch.no_grad():
+        found = model([{"image": tensor, "height": 64, "width": 96}])[0]["instances"]
+    assert len(objects) == len(found) > 0
+    for x, box, mask in zip(objects, found.pred_boxes.tensor.numpy(), found.pred_masks.numpy()):
+        np.testing.assert_allclose(x["box"], box, atol=0.1)
+        assert x["mask"].shape == (64, 96)
+        assert (x["mask"] != mask).sum() <= 2
+    assert any(x["mask"].any() and not x["mask"].all() for x in objects)
 
 
 @pytest.mark.parametrize("format", ["onnx", "openvino"])

@@ -75,7 +75,18 @@ def test_every_image_gets_a_row(image, tmp_path):
         for n in (1, 2)
     )
     assert one.width == two.width == 1220
-    assert two.height - one.height == 600 * HEIGHT // WIDTH
+    assert two.height - one.height == 592 * HEIGHT // WIDTH + 8
+
+
+def test_many_images_are_four_in_a_row(image, tmp_path):
+    sizes = {}
+    for count in (4, 5, 8):
+        predictions = [instances([0.9], [0])] * count
+        path = draw_predictions([image] * count, predictions, METADATA, tmp_path / "p")
+        sizes[count] = Image.open(path).size
+    assert sizes[5][0] == sizes[8][0] == 4 * 450 + 20
+    assert sizes[8][1] - sizes[5][1] == round(442 * HEIGHT / WIDTH) + 8  # rows of two images
+    assert sizes[8][1] < 0.8 * sizes[4][1]
 
 
 def test_scores_below_the_threshold_are_left_out(image, tmp_path):
