@@ -1,11 +1,12 @@
 """Predicting many images and videos, and writing what is found."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
@@ -32,6 +33,7 @@ def predict_files(
     batch_size: int = 1,
     tile: int | None = None,
     overlap: float = 0.2,
+    augment: bool = False,
     every: int = 1,
 ) -> list[str]:
     """Predict what is in images and videos, and write it to a folder.
@@ -47,6 +49,8 @@ def predict_files(
         tile: of a detector, length of the side of the tiles that an image is cut into, in pixels;
             None is for whole images.
         overlap: of neighbouring tiles, a fraction of the side.
+        augment: of a detector, predict from several views of each image, see
+            :meth:`Predictor.augmented`.
         every: of a video take each so many-th frame.
 
     Returns:
@@ -63,20 +67,31 @@ def predict_files(
     whole_number("every", every)
     if tile is not None:
         check_tiles(tile, overlap)
-        if not predictor.gives_objects:
-            raise ValueError(f"tile={tile} must be left out for a model that gives label maps")
+    for name, asked in (("tile", tile is not None), ("augment", augment)):
+        if asked and not predictor.gives_objects:
+            raise ValueError(f"{name} must be left out for a model that gives label maps")
+    if augment and tile is not None:
+        raise ValueError(f"augment=True must stand without tile={tile}")
     import_supervision()
     output = Path(output)
     check_new("output", output)
     images = [source for source in sources if not source.is_video]
     videos = [source for source in sources if source.is_video]
     faults: list[str] = []
+
+    def predict(images: Sequence[np.ndarray]) -> list["Detections"]:
+        if tile is not None:
+            return [predictor.predict_tiled(image, tile, overlap) for image in images]
+        if augment:
+            return [predictor.detections(predictor.augmented(image)) for image in images]
+        return [predictor.detections(prediction) for prediction in predictor.predict(images)]
+
     with ExitStack() as stack:
         results = _open(predictor, output, [x for x in save if images or x != "pictures"], stack)
         bar = stack.enter_context(tqdm(total=None if videos else len(images), unit="image"))
 
         def write(items: list[Item], results: Sequence[Result]) -> None:
-            for item, found in _find(predictor, items, tile, overlap, faults):
+            for item, found in _find(predict, items, faults):
                 for result in results:
                     result.add(item, found)
 
@@ -138,24 +153,18 @@ def _frames(predictor: Predictor, video: Source, every: int) -> Iterator[Item]:
 
 
 def _find(
-    predictor: Predictor,
+    predict: Callable[[Sequence[np.ndarray]], list["Detections"]],
     items: Sequence[Item],
-    tile: int | None,
-    overlap: float,
     faults: list[str],
 ) -> Iterator[tuple[Item, "Detections"]]:
     """The objects in each image; one that the model cannot take is left out."""
     try:
-        if tile is None:
-            predictions = predictor.predict([item.pixels for item in items])
-            found = [predictor.detections(prediction) for prediction in predictions]
-        else:
-            found = [predictor.predict_tiled(item.pixels, tile, overlap) for item in items]
+        found = predict([item.pixels for item in items])
     except ValueError as error:
         if len(items) == 1:
             faults.append(f"{items[0].file_name}: {error}")
             return
         for item in items:
-            yield from _find(predictor, [item], tile, overlap, faults)
+            yield from _find(predict, [item], faults)
         return
     yield from zip(items, found)

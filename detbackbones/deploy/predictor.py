@@ -23,6 +23,7 @@ from ..training.best import NAME as BEST
 from ..training.checkpoint import last_whole, load_init_checkpoint
 from ..training.record import make_record, read_record
 from ..training.run import check_config
+from .augmented import IOU, SCALES, flipped, merged, scaled
 from .extras import import_supervision
 
 if TYPE_CHECKING:
@@ -160,12 +161,18 @@ class Predictor:
             outputs = self.model(inputs) if inputs else []
         return [{key: self._kept(value) for key, value in output.items()} for output in outputs]
 
-    def prepare(self, image: np.ndarray) -> dict[str, Any]:
-        """What the model takes of an image of :meth:`read`, as the mapper makes it of a file."""
+    def prepare(self, image: np.ndarray, scale: float = 1.0) -> dict[str, Any]:
+        """What the model takes of an image of :meth:`read`, as the mapper makes it of a file.
+
+        Args:
+            image: of :meth:`read`.
+            scale: of the size that the mapper gives it.
+        """
         if image.shape[2] == 3 and self.mapper.image_format == "BGR":
             image = image[:, :, ::-1]
         inputs = QuickAugInput(np.ascontiguousarray(image))
-        self.mapper.augmentations(inputs)
+        augmentations = self.mapper.augmentations
+        (augmentations if scale == 1 else scaled(augmentations, scale))(inputs)
         height, width = image.shape[:2]
         pixels = torch.as_tensor(np.ascontiguousarray(inputs.image)).permute(2, 0, 1)
         return {"image": pixels, "height": height, "width": width}
@@ -196,6 +203,38 @@ class Predictor:
             )
         found.data["class_name"] = np.array(self.classes, dtype=str)[found.class_id]
         return found
+
+    def augmented(
+        self, image: ImageLike, scales: Sequence[float] = SCALES, flip: bool = True
+    ) -> dict[str, Any]:
+        """Predict what is in an image from several views of it: test-time augmentation.
+
+        Of boxes of one class that overlap the one with the best score is kept.
+
+        Args:
+            image: as for a call.
+            scales: of the size that images have otherwise.
+            flip: whether to take each mirrored, too.
+
+        Returns:
+            as a call, ``instances`` alone.
+
+        Raises:
+            ValueError: as of a call, or if the model gives label maps.
+        """
+        if not self.gives_objects:
+            raise ValueError("the model gives label maps: views of an image are merged of objects")
+        image, views = self.read(image), []
+        for mirrored in (False, True) if flip else (False,):
+            seen = np.ascontiguousarray(image[:, ::-1]) if mirrored else image
+            for scale in scales:
+                with torch.no_grad():
+                    (found,) = self.model([self.prepare(seen, scale)])
+                found = self._kept(found["instances"])
+                views.append(flipped(found) if mirrored else found)
+        return {
+            "instances": merged(views, IOU if self.nms_threshold is None else self.nms_threshold)
+        }
 
     def tiled(self, image: ImageLike, tile: int, overlap: float = 0.2) -> "Detections":
         """The objects in a large image, found tile by tile.

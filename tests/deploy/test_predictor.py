@@ -452,3 +452,47 @@ def test_a_wrong_argument_is_named(runs, tmp_path, capsys, words, said):
     assert run_main(predict, *every) == 2
     assert said in capsys.readouterr().err
     assert not (tmp_path / "found").exists()
+
+
+@pytest.mark.parametrize("name", ["mask_rcnn", "rt_detr"])
+def test_views_of_an_image_are_merged(runs, name):
+    folder, image, _ = runs
+    predictor = Predictor(folder / name, score_threshold=0)
+    pixels = read_image(str(image))
+    mirror = np.ascontiguousarray(pixels[:, ::-1])
+    once = predictor(pixels)["instances"]
+    alone = predictor.augmented(pixels, scales=[1], flip=False)["instances"]
+    assert 0 < len(alone) <= len(once)
+    # by what the views are of: a mirrored image has the mirrored objects
+    ones, others = (predictor.augmented(x, scales=[1])["instances"] for x in (pixels, mirror))
+    assert len(ones) == len(others)
+    width = pixels.shape[1]
+    boxes = others.pred_boxes.tensor[:, [2, 1, 0, 3]] * torch.tensor([-1, 1, -1, 1])
+    boxes += torch.tensor([width, 0, width, 0])
+    order, same = (torch.argsort(x.scores, stable=True) for x in (ones, others))
+    torch.testing.assert_close(ones.scores[order], others.scores[same])
+    near = (ones.pred_boxes.tensor[:, None] - boxes[None]).abs().amax(2)
+    assert near.min(1).values.max() < 1e-3
+    if name == "mask_rcnn":
+        best = near.argmin(1)
+        assert torch.equal(ones.pred_masks, others.pred_masks[best].flip(-1))
+    for label in (0, 1):
+        boxes = ones.pred_boxes.tensor[ones.pred_classes == label]
+        assert box_iou(boxes, boxes).fill_diagonal_(0).max() <= 0.5
+    many = predictor.augmented(pixels, scales=[0.5, 2])["instances"]
+    assert len(many) and many.image_size == pixels.shape[:2]
+    assert not torch.equal(many.scores[:3], ones.scores[:3])
+
+
+def test_what_cannot_be_augmented_is_said(runs, tmp_path, capsys):
+    folder, image, _ = runs
+    words = [image, "--output", tmp_path / "found", "--augment"]
+    assert run_main(predict, folder / "semantic_fpn", *words) == 2
+    assert "augment must be left out for a model that gives label maps" in capsys.readouterr().err
+    assert run_main(predict, folder / "faster_rcnn", *words, "--tile", 64) == 2
+    assert "augment=True must stand without tile=64" in capsys.readouterr().err
+    words += ["--threshold", 0, "--save", "csv"]
+    assert run_main(predict, folder / "faster_rcnn", *words) == 0
+    rows = [*csv.DictReader((tmp_path / "found/boxes.csv").open(newline=""))]
+    found = Predictor(folder / "faster_rcnn", score_threshold=0).augmented(image)["instances"]
+    assert len(rows) == len(found) > 0
