@@ -18,6 +18,7 @@ COMMANDS = {
     "eval": "evaluate a trained detector",
     "predict": "predict what is in images and videos",
     "export": "export a detector or a backbone to ONNX, OpenVINO, TorchScript or .pt2",
+    "share": "write a trained detector to a folder for the Hugging Face hub",
     "list": "list backbones with their size, levels and weights",
     "layers": "find the modules of a model that can be levels",
     "probe": "compare frozen backbones by a head for semantic segmentation",

@@ -25,6 +25,7 @@ from ..training.record import make_record, read_record
 from ..training.run import check_config
 from .augmented import IOU, SCALES, flipped, merged, scaled
 from .extras import import_supervision
+from .hub import PREFIX, WEIGHTS, download
 
 if TYPE_CHECKING:
     from supervision import Detections
@@ -52,6 +53,7 @@ class Predictor:
         channels, max_value: of the images, see :func:`detbackbones.data.images.read_image`.
         gives_objects: whether it gives objects, or else label maps.
         checkpoint: the file that the weights are of.
+        record: what the detector is, see :func:`detbackbones.training.record.make_record`.
     """
 
     def __init__(
@@ -68,7 +70,8 @@ class Predictor:
         """
         Args:
             run: the folder of a training, of which ``model_best.pth`` is taken, or else the last
-                checkpoint; or a checkpoint.
+                checkpoint; a checkpoint; a folder that ``save_pretrained`` wrote; or the name of
+                one on the Hugging Face hub, ``hf-hub:user/name``.
             config: the detector's config, for a checkpoint that holds none; by default the
                 ``config.yaml`` beside it. The data that it names must be there.
             device: "cpu", "cuda", or "auto" for a GPU if there is one.
@@ -80,6 +83,7 @@ class Predictor:
 
         Raises:
             FileNotFoundError: if there is no such checkpoint.
+            ConnectionError: if the hub cannot be reached.
             ValueError: if an argument is wrong, the checkpoint is damaged, must be trusted, or
                 does not fit its config.
         """
@@ -93,6 +97,7 @@ class Predictor:
         record = read_record(self.checkpoint, trust=trust) if config is None else None
         if record is None:
             record = _record_of(self.checkpoint, config, trust)
+        self.record = record
         self.classes: list[str] = record["thing_classes"] or record["stuff_classes"]
         self.gives_objects = bool(record["thing_classes"])
         if classes and not self.gives_objects:
@@ -317,7 +322,7 @@ class Predictor:
 
 
 def _checkpoint(run: str | Path) -> str:
-    path = Path(run)
+    path = download(run) if isinstance(run, str) and run.startswith(PREFIX) else Path(run)
     if not path.is_dir():
         if not path.is_file():
             raise FileNotFoundError(
@@ -325,8 +330,10 @@ def _checkpoint(run: str | Path) -> str:
                 "none"
             )
         return str(path)
-    best = path / BEST
+    best, shared = path / BEST, path / WEIGHTS
     file = str(best) if best.is_file() else last_whole(str(path))
+    if not file and shared.is_file():
+        return str(shared)
     if not file:
         raise FileNotFoundError(f"run={str(run)!r} must hold a checkpoint, such as {BEST}")
     return file

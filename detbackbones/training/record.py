@@ -4,6 +4,7 @@ import copy
 import json
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 from detectron2.config import instantiate
@@ -13,10 +14,12 @@ from torch import nn
 
 from ..config import without_weights
 from ..detr.detector import TransformersDetector
+from ..messages import first_line
 from ..untrusted import check_calls
 from ..weights import read_checkpoint
 
 KEY = "detector"  # of the record in a checkpoint
+CONFIG = "config.json"  # beside a .safetensors file, which holds tensors alone
 CLASSES = ("thing_classes", "stuff_classes")
 PACKAGES = ("detbackbones", "detectron2", "timm", "torch", "torchvision", "transformers")
 _COMPUTED = ("num_classes", "num_things", "pixel_mean", "pixel_std")
@@ -74,9 +77,9 @@ def read_record(file: str, *, trust: bool = False) -> dict[str, Any] | None:
         FileNotFoundError: if it does not exist.
         ValueError: if it is damaged, or must be trusted.
     """
-    if "://" in file or not file.endswith((".pth", ".pt")):
+    if "://" in file or not file.endswith((".pth", ".pt", ".safetensors")):
         return None
-    content = read_checkpoint(file)
+    content = _config_beside(file) if file.endswith(".safetensors") else read_checkpoint(file)
     record = content.get(KEY) if isinstance(content, dict) else None
     if not _is_record(record):
         return None
@@ -85,6 +88,17 @@ def read_record(file: str, *, trust: bool = False) -> dict[str, Any] | None:
         if "${" in json.dumps(record):
             raise ValueError(f"{file}: {KEY} must have no interpolations")
     return record
+
+
+def _config_beside(file: str) -> Any:
+    """What ``config.json`` beside a checkpoint says; None if there is none."""
+    config = Path(file).with_name(CONFIG)
+    try:
+        return json.loads(config.read_text())
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise ValueError(f"'{config}' must be JSON: {first_line(error)}") from error
 
 
 def _is_record(record: Any) -> bool:

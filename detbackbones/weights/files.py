@@ -85,7 +85,10 @@ def write_checkpoint(content: Mapping[str, Any], path: str) -> None:
     """
     with replacing(path) as temporary:
         if path.endswith(".safetensors"):
+            Path(temporary).touch()
+            mode = os.stat(temporary).st_mode
             save_file(dict(content), temporary, _metadata(content))
+            os.chmod(temporary, mode)  # that others can read it, as any file: safetensors does not
             return
         torch.save(content, temporary)
         with zipfile.ZipFile(temporary, "a") as file:

@@ -1,0 +1,185 @@
+"""Sharing a trained detector: a folder as the Hugging Face hub has them, with a model card."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import timm
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from omegaconf import OmegaConf
+from tabulate import tabulate
+
+from ..config import load_config
+from ..data.files import new_folder
+from ..training.metrics import EVALUATED
+from ..training.record import CONFIG, KEY
+from ..weights import read_checkpoint, write_checkpoint
+from .hub import PREFIX, WEIGHTS
+from .predictor import Predictor
+
+CARD = "README.md"
+TASKS = {True: "object-detection", False: "image-segmentation"}  # the hub's, by having objects
+SETTINGS = (  # of a training's config that the card tells
+    "train.max_iter",
+    "dataloader.train.total_batch_size",
+    "dataset.train_sizes",
+    "dataset.val_size",
+    "optimizer.lr",
+)
+
+
+def save_pretrained(
+    predictor: Predictor,
+    folder: str | Path,
+    *,
+    name: str | None = None,
+    data: str | None = None,
+    license: str | None = None,
+) -> Path:
+    """Write a trained detector to a folder that can be put on the Hugging Face hub.
+
+    It gets ``model.safetensors``; ``config.json``, by which :class:`Predictor` builds the detector;
+    and ``README.md``, the model card. No path of the training's data is in them.
+
+    Args:
+        predictor: of a run's folder, or of a checkpoint.
+        folder: to write to; it must not exist or be empty.
+        name: of the model; by default the folder's.
+        data: what it was trained on, a sentence for the card.
+        license: of the model, such as "apache-2.0"; the hub's identifiers.
+
+    Returns:
+        the folder.
+
+    Raises:
+        FileExistsError: if the folder holds files.
+    """
+    name = name or Path(folder).absolute().name
+    tensors = predictor.model.state_dict()
+    # some detectors share tensors between layers, which the format does not know
+    tensors = {key: value.detach().cpu().clone().contiguous() for key, value in tensors.items()}
+    with new_folder("folder", folder) as unfinished:
+        write_checkpoint(tensors, str(unfinished / WEIGHTS))
+        content = {"library_name": "detbackbones", KEY: predictor.record}
+        (unfinished / CONFIG).write_text(json.dumps(content, indent=1) + "\n")
+        (unfinished / CARD).write_text(_card(predictor, name, data, license))
+    return Path(folder)
+
+
+def _card(predictor: Predictor, name: str, data: str | None, license: str | None) -> str:
+    """The model card."""
+    metrics, task = _metrics(predictor.checkpoint), TASKS[predictor.gives_objects]
+    results = [
+        EvalResult(task, "custom", data or "unnamed", key, round(value, 2), metric_name=key)
+        for key, value in metrics.items()
+        if "-" not in key
+    ]
+    known = ModelCardData(
+        license=license,
+        library_name="detbackbones",
+        pipeline_tag=task,
+        tags=["detectron2", "timm", task],
+        model_name=name,
+        eval_results=results or None,
+    )
+    detector = predictor.record["model"]["_target_"].rpartition(".")[2]
+    backbones = [*_backbones(predictor.record["model"])]
+    rows = []
+    for i, label in enumerate(predictor.classes):
+        own = {k: v for k, v in metrics.items() if k.rpartition("-")[2] == label and "-" in k}
+        rows.append([i, label, *(f"{value:.1f}" for value in own.values())])
+        columns = ["number", "class", *(key.rpartition("-")[0] for key in own)]
+    whole = [[key, f"{value:.1f}"] for key, value in metrics.items() if "-" not in key]
+    versions = ", ".join(f"{key} {value}" for key, value in predictor.record["versions"].items())
+    training = [[f"`{key}`", str(value)] for key, value in _settings(predictor.checkpoint)]
+    text = f"""\
+# {name}
+
+A {detector} on {" and ".join(f"`{x}`" for x in backbones) or "its own backbone"}, for
+{task.replace("-", " ")}, trained with detbackbones.
+
+## Use
+
+```python
+from detbackbones import Predictor
+
+predictor = Predictor("{PREFIX}USER/{name}")  # or the folder of this file
+found = predictor("image.jpg")
+```
+
+## Classes
+
+{_table(rows, columns)}
+
+## Metrics
+
+{_table(whole, ["metric", "value"]) or "None is known."}
+
+On the validation set of the training.
+
+## Training
+
+Data: {data or "nothing is said of them."}
+
+{_table(training, ["setting", "value"])}
+
+{versions}
+
+## Licence
+
+{license or "None is given: ask the author before you use it."}
+{"".join(map(_origin, backbones))}"""
+    return str(ModelCard(f"---\n{known.to_yaml()}\n---\n\n{text}"))
+
+
+def _table(rows: list[list], headers: list[str]) -> str:
+    return tabulate(rows, headers, "github", disable_numparse=True) if rows else ""
+
+
+def _backbones(node: Any) -> Iterator[str]:
+    """Names of the models of timm or torchvision in a config."""
+    if isinstance(node, dict):
+        if isinstance(node.get("model_name"), str):
+            yield node["model_name"]
+        for value in node.values():
+            yield from _backbones(value)
+
+
+def _origin(model_name: str) -> str:
+    """Under what licence timm has the weights that a backbone may have started from."""
+    known = timm.is_model(model_name) and timm.get_pretrained_cfg(model_name)
+    if not (known and known.license):
+        return f"\nThe licence of the first weights of `{model_name}` is not known.\n"
+    source = known.hf_hub_id or known.url
+    return (
+        f"\nIf `{model_name}` started from timm's pretrained weights, these are `{source}`, under "
+        f"{known.license}.\n"
+    )
+
+
+def _metrics(checkpoint: str) -> dict[str, float]:
+    """What the evaluation of a checkpoint found, by its run's ``metrics.json``."""
+    file = Path(checkpoint).with_name("metrics.json")
+    if not (file.is_file() and checkpoint.endswith((".pth", ".pt"))):
+        return {}
+    content = read_checkpoint(checkpoint)
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    lines = [line for line in lines if EVALUATED in line]
+    if (metric := content.get("metric")) is not None:  # of the best
+        lines = [line for line in lines if line.get(metric) == content["value"]]
+    else:  # the last evaluation is recorded for the iteration after the last
+        lines = [x for x in lines if 0 <= x["iteration"] - content.get("iteration", -2) <= 1]
+    found = lines[-1] if lines else {}
+    keys = [key for key in found if "/" in key and not key.startswith("evaluation/")]
+    return {key: found[key] for key in keys if found[key] == found[key]}  # no NaN
+
+
+def _settings(checkpoint: str) -> list[tuple[str, Any]]:
+    """Settings of the training, if its config is beside the checkpoint."""
+    try:
+        cfg = load_config(Path(checkpoint).with_name("config.yaml"))
+    except (OSError, ValueError):
+        return []
+    found = [(key, OmegaConf.select(cfg, key)) for key in SETTINGS]
+    return [(key, value) for key, value in found if value is not None]
