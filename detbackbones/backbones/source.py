@@ -89,6 +89,8 @@ class Source(ABC):
             is built with them, and ``model`` without, so that levels keep their names.
         odd_strides: whether a level's stride may be no power of two, as in a patch-14 ViT; else the
             level is resampled to the nearest power of two.
+        native_only: whether the model is wrong at other sizes than its own, though it runs on the
+            meta device, where no value is looked at.
     """
 
     prefix: ClassVar[str] = ""
@@ -97,6 +99,7 @@ class Source(ABC):
     size_options: Sequence[Mapping[str, Any]] = ({},)
     dilation: Mapping[str, Any] = {}
     odd_strides: bool = True
+    native_only: bool = False
 
     def __init__(self, model_name: str, in_channels: int = 3):
         """
@@ -324,6 +327,7 @@ class Source(ABC):
                 self.in_channels,
                 odd_strides=self.odd_strides,
                 at_native=shapes,
+                native_only=self.native_only,
             )
         except ValueError as error:
             raise self._refused(error) from error

@@ -16,6 +16,7 @@ from timm.layers import PatchEmbed
 from timm.models import adapt_input_conv, get_arch_pretrained_cfgs
 from timm.models._features import FeatureGetterNet
 from timm.models._manipulate import group_with_matcher
+from timm.models.mvitv2 import MultiScaleVit
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
@@ -171,6 +172,11 @@ class TimmSource(Source):
     def odd_strides(self) -> bool:
         """``patch_size`` changes a ViT's stride; nothing changes that of other models."""
         return self.patch_size is not None
+
+    @property
+    def native_only(self) -> bool:
+        """MViTv2 looks up relative positions in tables of its own size, and fits none to others."""
+        return isinstance(self.model, MultiScaleVit)
 
     @property
     def pixel_mean(self) -> list[float]:

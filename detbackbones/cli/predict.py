@@ -20,6 +20,7 @@ import signal
 import sys
 from collections.abc import Sequence
 
+from ..deploy.augmented import SCALES
 from ..deploy.predict import MAPS, OBJECTS, predict_files
 from ..deploy.predictor import Predictor
 from ..deploy.sources import list_sources
@@ -52,7 +53,7 @@ def _predict(args: argparse.Namespace) -> list[str]:
         batch_size=args.batch,
         tile=args.tile,
         overlap=args.overlap,
-        augment=args.augment,
+        augment=args.augment if args.augment != [] else SCALES,
         every=args.every,
     )
 
@@ -71,7 +72,13 @@ def main(words: Sequence[str] | None = None) -> None:
     add("--batch", type=int, default=1, metavar="N", help="images at once")
     add("--tile", type=int, metavar="PIXELS", help="cut images into tiles of this side")
     add("--overlap", type=float, default=0.2, help="of tiles (default: %(default)s of the side)")
-    add("--augment", action="store_true", help="look at each image in three sizes, and mirrored")
+    add(
+        "--augment",
+        nargs="*",
+        type=float,
+        metavar="SCALE",
+        help="look at each image mirrored, too, and in other sizes: --augment 0.8 1 1.2",
+    )
     add("--every", type=int, default=1, metavar="N", help="take each N-th frame of a video")
     add("--device", default="auto", help="auto, cpu or cuda")
     add("--config-file", metavar="FILE", help="of a checkpoint that holds no config")

@@ -8,6 +8,7 @@ import numpy as np
 
 CERTAIN, FEWEST = 0.05, 20  # objects of lower scores are compared if there are fewer
 NEAR = 0.01  # in scores, and in boxes as a fraction of the largest coordinate
+NEAR_INT8 = 0.1  # of what computes with 8 bits
 SAME_MASK, STRAY = 0.9, 2  # IoU of two masks, or pixels that differ
 ROUNDING = 1e-3  # of a map, as a fraction of its largest value
 Outputs = Mapping[str, np.ndarray]
@@ -27,6 +28,8 @@ class Agreement:
         box: the largest difference of a coordinate, in pixels.
         score: the largest difference of a score.
         tensors: the largest difference of a map, as a fraction of its largest value.
+        near: how far an object and its counterpart may differ, in scores, and in boxes as a
+            fraction of the largest coordinate.
     """
 
     agrees: bool = True
@@ -36,6 +39,7 @@ class Agreement:
     box: float = 0.0
     score: float = 0.0
     tensors: float = 0.0
+    near: float = NEAR
 
     def add(self, expected: Outputs, found: Outputs) -> None:
         """Compare the outputs for an image.
@@ -65,14 +69,14 @@ class Agreement:
         """How many objects of the ones are certain, and how many of these the others have not."""
         order = np.argsort(-ones["scores"], kind="stable")
         certain = order[: max((ones["scores"] >= CERTAIN).sum(), FEWEST)]
-        near = NEAR * max(ones["boxes"].max(initial=1), 1)
+        near = self.near * max(ones["boxes"].max(initial=1), 1)
         free = np.ones(len(others["scores"]), dtype=bool)
         lost = 0
         for i in certain:
             boxes = np.abs(others["boxes"] - ones["boxes"][i]).max(1, initial=0)
             scores = np.abs(others["scores"] - ones["scores"][i])
             same = free & (others["classes"] == ones["classes"][i])
-            same &= (boxes <= near) & (scores <= NEAR)
+            same &= (boxes <= near) & (scores <= self.near)
             if not same.any():
                 lost += 1
                 continue

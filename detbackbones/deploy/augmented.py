@@ -6,7 +6,7 @@ import detectron2.data.transforms as T
 from detectron2.structures import Boxes, Instances
 from torchvision.ops import batched_nms
 
-SCALES = (0.8, 1.0, 1.2)  # of the size that images of the validation set have
+SCALES = (1.0,)  # of the size that images of the validation set have
 IOU = 0.5  # above which two boxes of a class are of one object
 
 

@@ -19,7 +19,7 @@ from torch import nn
 from ..data.files import new_folder
 from ..messages import first_line, one_of, whole_number
 from ..training.record import versions
-from .agreement import Agreement, outputs_of
+from .agreement import NEAR, Agreement, outputs_of
 from .example import write_example
 from .exported import ABOUT, Exported, nearest_size, resized
 from .extras import import_exporter
@@ -170,15 +170,18 @@ def reason(error: BaseException) -> str:
     return re.sub(r"\x1b\[\d*m", "", first_line(error))
 
 
-def compare(model: nn.Module, exported: Exported, images: Sequence[torch.Tensor]) -> Agreement:
+def compare(
+    model: nn.Module, exported: Exported, images: Sequence[torch.Tensor], near: float = NEAR
+) -> Agreement:
     """Compare with the model on images, on one of other sizes, and in a batch where it can be.
 
     Args:
         model: in eval mode, on the CPU.
         exported: of it.
         images: (C, H, W).
+        near: see :class:`Agreement`.
     """
-    agreement, free = Agreement(), exported.about["input"]["shape"]
+    agreement, free = Agreement(near=near), exported.about["input"]["shape"]
     if isinstance(model, Backbone):  # others pad images as it does itself
         step = model.size_divisibility or 1
         images = [resized(image, nearest_size(image.shape[-2:], step)) for image in images]

@@ -26,6 +26,7 @@ from ..messages import first_line, one_of
 from ..training.evaluation import Results, without_nan
 from ..training.record import fill_config, read_record
 from ..training.run import check_config
+from .agreement import NEAR_INT8
 from .export import Report, compare, time_both, write
 from .exported import ABOUT, Exported
 from .extras import import_exporter
@@ -120,7 +121,7 @@ def _try_int8(
     Raises:
         ValueError: if they are not.
     """
-    agreement = compare(model, exported, images)
+    agreement = compare(model, exported, images, NEAR_INT8)
     first = exported.fit(images[0]).float()
     outputs = exported(first[None].numpy())
     if not all(np.isfinite(values).all() for values in outputs.values()):

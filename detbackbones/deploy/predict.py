@@ -1,5 +1,6 @@
 """Predicting many images and videos, and writing what is found."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing
 from itertools import islice
@@ -33,7 +34,7 @@ def predict_files(
     batch_size: int = 1,
     tile: int | None = None,
     overlap: float = 0.2,
-    augment: bool = False,
+    augment: Sequence[float] | None = None,
     every: int = 1,
 ) -> list[str]:
     """Predict what is in images and videos, and write it to a folder.
@@ -49,8 +50,8 @@ def predict_files(
         tile: of a detector, length of the side of the tiles that an image is cut into, in pixels;
             None is for whole images.
         overlap: of neighbouring tiles, a fraction of the side.
-        augment: of a detector, predict from several views of each image, see
-            :meth:`Predictor.augmented`.
+        augment: of a detector, scales of the views of each image that it predicts from, see
+            :meth:`Predictor.augmented`; None is for the image alone.
         every: of a video take each so many-th frame.
 
     Returns:
@@ -67,11 +68,14 @@ def predict_files(
     whole_number("every", every)
     if tile is not None:
         check_tiles(tile, overlap)
-    for name, asked in (("tile", tile is not None), ("augment", augment)):
+    for name, asked in (("tile", tile is not None), ("augment", augment is not None)):
         if asked and not predictor.gives_objects:
             raise ValueError(f"{name} must be left out for a model that gives label maps")
-    if augment and tile is not None:
-        raise ValueError(f"augment=True must stand without tile={tile}")
+    if augment is not None and tile is not None:
+        raise ValueError(f"augment must stand without tile={tile}")
+    for scale in augment or ():
+        if not 0 < scale < math.inf:
+            raise ValueError(f"augment={scale} must be a number above 0")
     import_supervision()
     output = Path(output)
     check_new("output", output)
@@ -82,8 +86,9 @@ def predict_files(
     def predict(images: Sequence[np.ndarray]) -> list["Detections"]:
         if tile is not None:
             return [predictor.predict_tiled(image, tile, overlap) for image in images]
-        if augment:
-            return [predictor.detections(predictor.augmented(image)) for image in images]
+        if augment is not None:
+            views = (predictor.augmented(image, augment) for image in images)
+            return [predictor.detections(view) for view in views]
         return [predictor.detections(prediction) for prediction in predictor.predict(images)]
 
     with ExitStack() as stack:

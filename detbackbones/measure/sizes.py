@@ -70,6 +70,7 @@ def find_size_rule(
     in_channels: int = 3,
     odd_strides: bool = True,
     at_native: Sequence[torch.Size] = (),
+    native_only: bool = False,
 ) -> tuple[SizeRule, int, Trace]:
     """Find how a model can be made to take images of the most sizes.
 
@@ -82,6 +83,7 @@ def find_size_rule(
         in_channels: channels of the input.
         odd_strides: whether strides that are no powers of two are left as they are.
         at_native: shapes of the outputs for N x N images, if they are known.
+        native_only: try no other size.
 
     Returns:
         the rule, the index of the first variant that follows it, and a trace of that.
@@ -117,7 +119,7 @@ def find_size_rule(
         traces = (attempt(index, SizeRule(native, native, resample=True)) for index in indices)
         at_native = next((found.shapes for found in traces if found), ())
     for rule in _candidates(at_native, native) if at_native else ():
-        for index in indices:
+        for index in indices if rule.img_size or not native_only else ():
             if found := attempt(index, rule):
                 return rule, index, found
     raise ValueError(first_line(failures[0])) from failures[0]

@@ -490,9 +490,12 @@ def test_what_cannot_be_augmented_is_said(runs, tmp_path, capsys):
     assert run_main(predict, folder / "semantic_fpn", *words) == 2
     assert "augment must be left out for a model that gives label maps" in capsys.readouterr().err
     assert run_main(predict, folder / "faster_rcnn", *words, "--tile", 64) == 2
-    assert "augment=True must stand without tile=64" in capsys.readouterr().err
-    words += ["--threshold", 0, "--save", "csv"]
+    assert "augment must stand without tile=64" in capsys.readouterr().err
+    assert run_main(predict, folder / "faster_rcnn", *words, 1, -1) == 2
+    assert "augment=-1.0 must be a number above 0" in capsys.readouterr().err
+    words += [1, 1.5, "--threshold", 0, "--save", "csv"]
     assert run_main(predict, folder / "faster_rcnn", *words) == 0
     rows = [*csv.DictReader((tmp_path / "found/boxes.csv").open(newline=""))]
-    found = Predictor(folder / "faster_rcnn", score_threshold=0).augmented(image)["instances"]
+    predictor = Predictor(folder / "faster_rcnn", score_threshold=0)
+    found = predictor.augmented(image, [1, 1.5])["instances"]
     assert len(rows) == len(found) > 0

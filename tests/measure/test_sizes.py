@@ -68,8 +68,21 @@ def test_the_variant_that_takes_most_sizes():
     assert find_size_rule(variants, 224)[:2] == (SizeRule(16), 3)
     assert find_size_rule(variants[:3], 224)[:2] == (SizeRule(32), 2)
     assert find_size_rule(variants[:2], 224)[:2] == (SizeRule(224, 224), 0)
+    assert find_size_rule(variants, 224, native_only=True)[:2] == (SizeRule(224, 224), 0)
     with pytest.raises(ValueError, match="^no such argument$"):
         find_size_rule([fails], 224)
+
+
+def test_mvit_takes_its_own_size_alone():
+    """It has tables of positions for one size, and on the meta device no index is out of range."""
+    backbone = TimmBackbone("mvitv2_tiny", pretrained=False).eval()
+    assert backbone.img_size == 224
+    with torch.no_grad(), pytest.raises(ValueError, match="at most img_size=224"):
+        backbone(torch.rand(1, 3, 256, 256))
+    larger = TimmBackbone("mvitv2_tiny", pretrained=False, img_size=256).eval()
+    with torch.no_grad():
+        shapes = [tuple(level.shape) for level in larger(torch.rand(1, 3, 256, 256)).values()]
+    assert shapes == [(1, 96, 64, 64), (1, 192, 32, 32), (1, 384, 16, 16), (1, 768, 8, 8)]
 
 
 @pytest.mark.parametrize("divisor", [1, 14, 16, 32, 48, 64, 224, 384])
