@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from ..backbones import BACKBONES
+from ..deploy.example import FILE as EXAMPLE
 from ..deploy.export import Report
 from ..deploy.export_detector import export_detector
 from ..deploy.export_maps import export_maps
@@ -90,13 +91,15 @@ def _export_backbone(args: argparse.Namespace, options: dict[str, Any]) -> Repor
 def _say(report: Report, format: str) -> None:
     for what, fault in report.refused.items():
         print(f"not with {what}: {fault}", file=sys.stderr)
-    free = " and ".join(report.free) or "nothing"
     own, models = (1000 * seconds for seconds in report.seconds)
     shape = " x ".join(map(str, report.shape))
-    print(f"wrote {report.folder}: {format}; of any length: {free}; images are {shape}")
+    numbers = f"any {', '.join(report.free)}" if report.free else "no other size"
+    print(f"wrote {report.folder}: {format}, of images {shape} ({numbers})")
     print(
         f"beside the model: {report.agreement}; {own:.0f} ms for an image, the model {models:.0f}"
     )
+    if (report.folder / EXAMPLE).is_file():
+        print(f"try it: python {report.folder / EXAMPLE} IMAGE")
 
 
 def main(words: Sequence[str] | None = None) -> None:

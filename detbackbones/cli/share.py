@@ -8,6 +8,7 @@ the run, settings, where the backbone's weights are from. Read the card before y
 detector is used as Predictor("hf-hub:USER/blood-cells").
 """
 
+import sys
 from collections.abc import Sequence
 
 from ..deploy.predictor import Predictor
@@ -34,4 +35,7 @@ def main(words: Sequence[str] | None = None) -> None:
             folder = save_pretrained(predictor, args.output, **options)
     except (ValueError, OSError) as error:
         fail("share", error)
+    for key in ("data", "license"):
+        if not getattr(args, key):
+            print(f"the card says nothing of --{key}: none was given", file=sys.stderr)
     print(f"wrote {folder}: the weights of {predictor.checkpoint}, config.json and a model card")

@@ -26,18 +26,19 @@ from detectron2.utils import comm
 from omegaconf import DictConfig
 
 from ..data.formats import FORMATS
-from ..data.formats.convert import prepare_training
+from ..data.formats.convert import read_for_training
 from ..training.find_batch import find_batch
 from ..training.find_lr import find_lr
 from ..training.interrupt import Interrupted
 from ..training.log import RUN_ERRORS, logging_to
-from ..training.output import reserved
+from ..training.output import refuse_run, reserved
 from ..training.overrides import apply_overrides
 from ..training.run import fit, prepare, with_train_settings
 from . import eval as evaluation
 from .launch import WRONG_INPUT, add_arguments, load_asked, start
 from .program import fail, new_parser
 
+TOOLS = {"--find-lr": find_lr, "--find-batch": find_batch}
 CONFIGS = {
     "boxes": "finetune/faster_rcnn.py",
     "masks": "finetune/mask_rcnn.py",
@@ -90,24 +91,26 @@ def _has(args: argparse.Namespace, key: str) -> bool:
 
 
 def _take_data(args: argparse.Namespace) -> None:
-    """Give the arguments the config and the files of a folder of data."""
-    default = not args.config_file
-    args.config_file = args.config_file or CONFIGS["boxes"]
+    """Give the arguments the config and the files of a folder of data.
+
+    They are written when it is known that the config takes them, and that the folder is free.
+    """
+    semantic = args.task == "semantic" or args.palette
+    format = args.format or ("label_maps" if semantic else None)
     try:
-        cfg = with_train_settings(load_asked(args))
-        apply_overrides(cfg, [word for word in args.opts if word.startswith("train.output_dir=")])
-        semantic = args.task == "semantic" or args.palette
-        format = args.format or ("label_maps" if semantic else None)
-        folder = Path(cfg.train.output_dir, "data")
-        data = prepare_training(args.data, folder, format, args.palette)
+        data = read_for_training(args.data, format, args.palette)
         if args.task not in (None, data.task) and (args.task, data.task) != ("boxes", "masks"):
             raise ValueError(f"--task {args.task} must be what the data have: {data.task}")
+        args.config_file = args.config_file or CONFIGS[args.task or data.task]
+        cfg = apply_overrides(with_train_settings(load_asked(args)), args.opts)
+        folder = Path(cfg.train.output_dir)
+        if not any(_has(args, key) for key in (*TOOLS, "--resume", "--overwrite", "--eval-only")):
+            refuse_run(folder)
+        settings = data.write(folder / "data")
     except WRONG_INPUT as error:
         fail("train", error)
-    print(data.said)
-    if default:
-        args.config_file = CONFIGS[args.task or data.task]
-    args.opts = [*(f"{name}={value}" for name, value in data.settings.items()), *args.opts]
+    print(f"{data.said}\nwrote {folder / 'data'}")
+    args.opts = [*(f"{name}={value}" for name, value in settings.items()), *args.opts]
 
 
 def main(words: Sequence[str] | None = None) -> None:
@@ -129,12 +132,11 @@ def main(words: Sequence[str] | None = None) -> None:
     for key in ("format", "task", "palette"):
         if getattr(args, key) and not args.data:
             fail("train", f"--{key} {getattr(args, key)} must stand with --data")
-    tools = {"--find-lr": find_lr, "--find-batch": find_batch}
-    given = [key for key in (*tools, "--resume", "--overwrite", "--eval-only") if _has(args, key)]
-    if given and given[0] in tools:
+    given = [key for key in (*TOOLS, "--resume", "--overwrite", "--eval-only") if _has(args, key)]
+    if given and given[0] in TOOLS:
         if len(given) > 1:
             fail("train", f"{given[0]} must stand without {given[1]}: it keeps nothing")
-        start("train", args, find, tool=tools[given[0]])
+        start("train", args, find, tool=TOOLS[given[0]])
         return
     if args.eval_only:
         start("train", args, evaluation.work, trains=False)

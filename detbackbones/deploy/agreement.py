@@ -93,7 +93,8 @@ class Agreement:
             return f"the outputs differ by at most {self.tensors:.1g} of the largest value"
         text = f"boxes differ by at most {self.box:.2g} pixels, scores by {self.score:.1g}"
         more = f", and {self.extra} are found besides" if self.extra else ""
-        return f"{text}; {self.lost} of {self.objects} objects are missing or another{more}"
+        low = f"objects, also of low scores, {self.lost} are missing or another{more}"
+        return f"{text}; of {self.objects} {low}"
 
 
 def outputs_of(prediction: Mapping[str, Any]) -> dict[str, np.ndarray]:

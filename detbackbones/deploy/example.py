@@ -154,6 +154,8 @@ def {function}(image):
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit("usage: python example.py IMAGE")
 {show}
 '''
     (folder / FILE).write_text(text)

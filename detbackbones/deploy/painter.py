@@ -48,7 +48,11 @@ class Painter:
             position = supervision.Position.TOP_LEFT
         if len(found) <= _MOST:
             painter = supervision.LabelAnnotator(
-                palette, text_scale=scale, text_padding=2, text_position=position
+                palette,
+                text_scale=scale,
+                text_padding=2,
+                text_position=position,
+                smart_position=True,
             )
             picture = painter.annotate(picture, found, labels)
         else:

@@ -15,6 +15,7 @@ from ..data.files import new_folder
 from ..training.metrics import EVALUATED
 from ..training.record import CONFIG, KEY
 from ..weights import read_checkpoint, write_checkpoint
+from ..weights.packages import package_of
 from .hub import PREFIX, WEIGHTS
 from .predictor import Predictor
 
@@ -83,29 +84,41 @@ def _card(predictor: Predictor, name: str, data: str | None, license: str | None
         model_name=name,
         eval_results=results or None,
     )
-    detector = predictor.record["model"]["_target_"].rpartition(".")[2]
+    detector = _kind(predictor.record["model"])
     backbones = [*_backbones(predictor.record["model"])]
     rows = []
     for i, label in enumerate(predictor.classes):
         own = {k: v for k, v in metrics.items() if k.rpartition("-")[2] == label and "-" in k}
         rows.append([i, label, *(f"{value:.1f}" for value in own.values())])
         columns = ["number", "class", *(key.rpartition("-")[0] for key in own)]
-    whole = [[key, f"{value:.1f}"] for key, value in metrics.items() if "-" not in key]
+    order = sorted((key for key in metrics if "-" not in key), key=_order)
+    whole = [[key, f"{metrics[key]:.1f}"] for key in order]
     versions = ", ".join(f"{key} {value}" for key, value in predictor.record["versions"].items())
     training = [[f"`{key}`", str(value)] for key, value in _settings(predictor.checkpoint)]
+    backbone = " and ".join(f"`{x}`" for x in backbones) or "its own backbone"
+    objects = """\
+predictor.classes  # names of the classes
+instances = predictor("image.jpg")["instances"]  # of detectron2: boxes, scores, classes
+detections = predictor.detections("image.jpg")  # of supervision"""
+    labels = """\
+predictor.classes  # names of the classes
+scores = predictor("image.jpg")["sem_seg"]  # (classes, height, width)"""
     text = f"""\
 # {name}
 
-A {detector} on {" and ".join(f"`{x}`" for x in backbones) or "its own backbone"}, for
-{task.replace("-", " ")}, trained with detbackbones.
+{detector} on {backbone}, for {task.replace("-", " ")}.
+
+It was trained with detbackbones, which makes models of timm and torchvision detectron2 backbones.
 
 ## Use
+
+With detbackbones and detectron2 installed, the latter by `detbackbones install-detectron2`:
 
 ```python
 from detbackbones import Predictor
 
 predictor = Predictor("{PREFIX}USER/{name}")  # or the folder of this file
-found = predictor("image.jpg")
+{objects if predictor.gives_objects else labels}
 ```
 
 ## Classes
@@ -116,11 +129,13 @@ found = predictor("image.jpg")
 
 {_table(whole, ["metric", "value"]) or "None is known."}
 
-On the validation set of the training.
+On the validation set of the training, in percent; `AP` is COCO's, over IoU of 0.50 to 0.95.
 
 ## Training
 
 Data: {data or "nothing is said of them."}
+
+{_start(predictor.checkpoint, backbones)}
 
 {_table(training, ["setting", "value"])}
 
@@ -129,7 +144,7 @@ Data: {data or "nothing is said of them."}
 ## Licence
 
 {license or "None is given: ask the author before you use it."}
-{"".join(map(_origin, backbones))}"""
+"""
     return str(ModelCard(f"---\n{known.to_yaml()}\n---\n\n{text}"))
 
 
@@ -146,16 +161,50 @@ def _backbones(node: Any) -> Iterator[str]:
             yield from _backbones(value)
 
 
-def _origin(model_name: str) -> str:
-    """Under what licence timm has the weights that a backbone may have started from."""
-    known = timm.is_model(model_name) and timm.get_pretrained_cfg(model_name)
-    if not (known and known.license):
-        return f"\nThe licence of the first weights of `{model_name}` is not known.\n"
-    source = known.hf_hub_id or known.url
-    return (
-        f"\nIf `{model_name}` started from timm's pretrained weights, these are `{source}`, under "
-        f"{known.license}.\n"
-    )
+def _kind(model: dict[str, Any]) -> str:
+    """What a detector is called, by its config."""
+    if "architecture" in model:
+        return model["architecture"].upper()
+    name, heads = model["_target_"].rpartition(".")[2], model.get("roi_heads") or {}
+    if name != "GeneralizedRCNN":
+        return name
+    kind = "Mask R-CNN" if heads.get("mask_head") else "Faster R-CNN"
+    return kind if "Cascade" not in heads.get("_target_", "") else f"Cascade {kind}"
+
+
+def _order(key: str) -> tuple[str, int]:
+    """Tasks together, and AP, AP50, ... as COCO orders them."""
+    task, _, metric = key.partition("/")
+    known = ("AP", "AP50", "AP75", "APs", "APm", "APl")
+    return task, known.index(metric) if metric in known else len(known)
+
+
+def _start(checkpoint: str, backbones: list[str]) -> str:
+    """What a training started from, by its config, and under what licence that is."""
+    try:
+        cfg = load_config(Path(checkpoint).with_name("config.yaml"))
+    except (OSError, ValueError):
+        return "What it started from is not known."
+    if file := OmegaConf.select(cfg, "train.init_checkpoint"):
+        return f"It started from a checkpoint, `{Path(file).name}`."
+    backbone = OmegaConf.select(cfg, "model.backbone.bottom_up", default=cfg.model.get("backbone"))
+    if file := backbone.get("checkpoint_path"):
+        return f"The backbone started from a checkpoint, `{Path(file).name}`."
+    if not (backbone.get("pretrained") or backbone.get("weights")):
+        return "It started from random weights."
+    said = "The backbone started from pretrained weights."
+    for name in backbones:
+        known = timm.is_model(name) and timm.get_pretrained_cfg(name)
+        if known and known.license:
+            source, package = known.hf_hub_id or known.url, package_of(name)
+            said += f" Those of timm are `{source}`, under {known.license}."
+            if package:
+                said += (
+                    " Where the hub could not be reached they were those of the package "
+                    f"`{package}`, which another project has converted: the log of the training "
+                    "says so."
+                )
+    return said
 
 
 def _metrics(checkpoint: str) -> dict[str, float]:

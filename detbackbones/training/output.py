@@ -10,6 +10,9 @@ from omegaconf import DictConfig, OmegaConf
 from ..data.verify import verify_images
 from .lock import locked
 
+_OF_A_RUN = ("config.yaml", "metrics.json", "last_checkpoint", "model_final.pth", "model_best.pth")
+_OF_A_RUN += ("model_[0-9]*.pth",)
+
 
 @contextlib.contextmanager
 def reserved(cfg: DictConfig, *, resume: bool = False, overwrite: bool = False) -> Iterator[None]:
@@ -42,14 +45,9 @@ def prepare_output(cfg: DictConfig, *, resume: bool = False, overwrite: bool = F
     """
     folder = Path(cfg.train.output_dir)
     if not resume:
-        weights = ("last_checkpoint", "model_final.pth", "model_best.pth", "model_[0-9]*.pth")
-        run = _existing(folder, "config.yaml", "metrics.json", *weights)
-        if run and not overwrite:
-            raise FileExistsError(
-                f"train.output_dir={folder} holds a run already ({run[0].name}): choose another, "
-                "continue it with --resume (resume=True in Python), or replace it with "
-                "--overwrite (overwrite=True)"
-            )
+        run = _existing(folder, *_OF_A_RUN)
+        if not overwrite:
+            refuse_run(folder)
         if run:
             pictures = ("batch.png", "predictions.png", "errors.png", "hardest.png", "curves.png")
             run += _existing(folder, "log.txt*", "events.out.tfevents.*", *pictures)
@@ -57,6 +55,20 @@ def prepare_output(cfg: DictConfig, *, resume: bool = False, overwrite: bool = F
         for path in run:
             path.unlink()
     folder.mkdir(parents=True, exist_ok=True)
+
+
+def refuse_run(folder: Path) -> None:
+    """Refuse a folder that holds a run.
+
+    Raises:
+        FileExistsError: if it does.
+    """
+    if run := _existing(folder, *_OF_A_RUN):
+        raise FileExistsError(
+            f"train.output_dir={folder} holds a run already ({run[0].name}): choose another, "
+            "continue it with --resume (resume=True in Python), or replace it with --overwrite "
+            "(overwrite=True)"
+        )
 
 
 def _existing(folder: Path, *patterns: str) -> list[Path]:

@@ -74,10 +74,11 @@ def draw_predictions(
             f"{len(predictions)}"
         )
     colors, panel = _colors(metadata), _panel(2 * len(images))
-    pictures, drawn = [], set()
+    pictures, drawn, kinds = [], set(), set()
     for image, prediction in zip(images, predictions):
         pixels = read(image) if read else read_image(image["file_name"])
         kind = _kind(prediction, image["file_name"], pixels.shape[:2])
+        kinds.add(kind)
         truth = _truth(image, kind, pixels.shape[:2], metadata)
         if kind == "instances" and not prediction[kind].has("pred_masks"):
             truth = [region._replace(mask=None) for region in truth]  # like beside like
@@ -85,7 +86,10 @@ def draw_predictions(
         sides = [[r for r in side if r.name not in UNPAINTED] for side in (truth, predicted)]
         drawn.update(region.name for side in sides for region in side)
         pictures += [_draw(pixels, side, colors, panel) for side in sides]
-    return _save(pictures, ("ground truth", "prediction"), colors, drawn, path)
+    title = "prediction"
+    if "instances" in kinds:
+        title += f", scores from {score_threshold:g}"
+    return _save(pictures, ("ground truth", title), colors, drawn, path)
 
 
 def draw_batch(

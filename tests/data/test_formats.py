@@ -10,7 +10,7 @@ from dataset_writers import WRITERS
 from detbackbones.cli import data as program
 from detbackbones.data.coco import register_coco
 from detbackbones.data.formats import read_folder
-from detbackbones.data.formats.convert import prepare_training, split_pictures, write_splits
+from detbackbones.data.formats.convert import read_for_training, split_pictures, write_splits
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from PIL import Image
 from pycocotools import mask as mask_util
@@ -393,7 +393,7 @@ def test_the_program_checks(tmp_path, capsys):
     assert run_main(program, *words) == 0
     said = capsys.readouterr().out
     assert f"{tmp_path}: yolo, 2 images" in said
-    assert "| train   |        2 |                 1 |         2 |            1 |" in said
+    assert "| train   |        2 | 40x30   |                 1 |         2 |            1 |" in said
     assert Image.open(tmp_path / "seen.png").size[0] > 1000
     (tmp_path / "labels/a.txt").write_text("0 0.5 0.5 0.2 0.2\n5 0.5 0.5 0.2 0.2\n0 a b c d\n")
     assert run_main(program, *words) == 1
@@ -404,6 +404,19 @@ def test_the_program_checks(tmp_path, capsys):
     assert "line 2: class 5 must be a whole number from 0 to 1 (and 1 more: " in (
         capsys.readouterr().err
     )
+
+
+def test_images_without_a_file_of_labels_are_told(blood, tmp_path, capsys):
+    WRITERS["yolo"](*blood, tmp_path / "data")
+    (lost, *_) = sorted((tmp_path / "data/train/labels").iterdir())
+    lost.unlink()
+    words = ["check", tmp_path / "data", "--picture", tmp_path / "x.png"]
+    assert run_main(program, *words) == 0
+    out = capsys.readouterr().out
+    assert (
+        f"1 images have no file of labels, such as '{tmp_path}/data/train/images/{lost.stem}" in out
+    )
+    assert "| sizes " in out and "nothing is wrong" in out
 
 
 def test_what_is_suspicious_is_said(tmp_path, capsys):
@@ -505,9 +518,17 @@ def test_a_folder_is_trained_on(shapes, tmp_path, run_train_net, capsys):
     words += ["model.backbone.bottom_up.pretrained=False", "dataset.val_size=64"]
     words += ["dataset.train_sizes=[64]", "dataloader.train.total_batch_size=2", "train.pictures=0"]
     words += ["dataloader.train.num_workers=0", "dataloader.test.num_workers=0"]
+    assert run_train_net(*words, "train.max_iters=1") == 2
+    assert "the nearest are 'train.max_iter'" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()  # nothing is written for what is wrong
     assert run_train_net(*words) == 0
     said = capsys.readouterr().out
-    assert f"{tmp_path / 'data'}: yolo, split as train and val; 6 and 3 images: wrote" in said
+    assert f"{tmp_path / 'data'}: yolo, split as train and val; 6 and 3 images" in said
+    assert f"wrote {tmp_path / 'run' / 'data'}" in said
+    (tmp_path / "run/data/train.json").unlink()
+    assert run_train_net(*words) == 2
+    assert "holds a run already" in capsys.readouterr().err
+    assert not (tmp_path / "run/data/train.json").exists()
     config = (tmp_path / "run/config.yaml").read_text()
     assert "MaskRCNNConvUpsampleHead" in config and f"{tmp_path}/run/data/train.json" in config
     assert run_train_net(*words, "train.max_iter=2", "--resume") == 0
@@ -658,7 +679,7 @@ def test_what_no_split_has_is_said(tmp_path):
         Image.new("RGB", (40, 30)).save(tmp_path / split / f"{name}.png")
         text = f"filename,class,xmin,ymin,xmax,ymax\n{name}.png,cat,1,2,10,12\n"
         (tmp_path / split / "boxes.csv").write_text(text)
-    data = prepare_training(tmp_path, tmp_path / "made")
+    data = read_for_training(tmp_path)
     assert "csv, split as train and val, 1 images of all left out; 1 and 1 images" in data.said
     assert data.task == "boxes"
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from detbackbones.cli import data as program
 from detbackbones.data.formats import read_folder
-from detbackbones.data.formats.convert import prepare_training, write_splits
+from detbackbones.data.formats.convert import read_for_training, write_splits
 from detbackbones.data.images import read_label_map
 from detbackbones.data.semantic import register_semantic
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -329,12 +329,13 @@ def test_the_program_checks_and_splits(tmp_path, capsys):
 
 def test_what_is_written_is_not_overwritten(tmp_path):
     indices(tmp_path / "data", _maps())
-    data = prepare_training(tmp_path / "data", tmp_path / "made")
+    data = read_for_training(tmp_path / "data")
     assert data.task == "semantic"
-    assert prepare_training(tmp_path / "data", tmp_path / "made") == data
+    settings = data.write(tmp_path / "made")
+    assert data.write(tmp_path / "made") == settings
     _png(tmp_path / "made" / "labels" / "train" / "a0.png", np.zeros((20, 30), np.uint8))
     with pytest.raises(FileExistsError, match="a0.png' holds other data"):
-        prepare_training(tmp_path / "data", tmp_path / "made")
+        data.write(tmp_path / "made")
 
 
 def test_a_folder_is_trained_on(tmp_path, run_train_net):

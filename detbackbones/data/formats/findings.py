@@ -65,6 +65,7 @@ class Findings:
         splits: the pictures of each of them, by file.
         faults: what is wrong, each with its file and line.
         notes: what one may want to know.
+        unlabeled: images that lack the file which would say that nothing is in them.
         label_map: gives the label map of an image, uint8 (H, W), where the data are label maps.
     """
 
@@ -78,6 +79,7 @@ class Findings:
         self.splits: dict[str, dict[Path, Picture]] = {}
         self.faults: list[str] = []
         self.notes: list[str] = []
+        self.unlabeled: list[Path] = []
         self.label_map: Callable[[Path], np.ndarray] | None = None
         self._told: dict[Path, tuple[Path | None, Where]] = {}  # where an image was spoken of
         self._unusable: set[Path] = set()

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections import Counter, defaultdict
+from collections.abc import Collection
 from pathlib import Path
 
 from tabulate import tabulate
@@ -22,10 +23,10 @@ def tables(found: Findings) -> list[str]:
     for split, pictures in splits.items():
         counts = [len(picture.things) for picture in pictures.values()]
         masks = sum(thing.mask is not None for p in pictures.values() for thing in p.things)
-        rows.append(
-            [split, len(counts), counts.count(0), sum(counts), masks, max(counts, default=0)]
-        )
-    headers = ["split", "images", "without objects", "objects", "with masks", "most in one"]
+        row = [split, len(counts), _sizes(pictures.values()), counts.count(0), sum(counts)]
+        rows.append([*row, masks, max(counts, default=0)])
+    headers = ["split", "images", "sizes", "without objects", "objects", "with masks"]
+    headers.append("most in one")
     per_class = {split: Counter(_labels(found, split)) for split in splits}
     classes = [[name, *(per_class[split][name] for split in splits)] for name in found.names]
     sides = [(t.box[2] * t.box[3]) ** 0.5 for picture in found.pictures for t in picture.things]
@@ -44,10 +45,7 @@ def tables(found: Findings) -> list[str]:
 def _tables_of_label_maps(found: Findings) -> list[str]:
     """Tables of the splits, and of the images and the pixels of each class."""
     splits = {split: [*pictures.values()] for split, pictures in found.splits.items()}
-    sizes = {
-        s: sorted({f"{p.width}x{p.height}" for p in pictures}) for s, pictures in splits.items()
-    }
-    rows = [[split, len(p), few(sizes[split]).replace("'", "")] for split, p in splits.items()]
+    rows = [[split, len(pictures), _sizes(pictures)] for split, pictures in splits.items()]
     pixels = {s: sum(p.width * p.height for p in pictures) or 1 for s, pictures in splits.items()}
     classes = []
     for name in found.names:
@@ -61,6 +59,13 @@ def _tables_of_label_maps(found: Findings) -> list[str]:
         tabulate(rows, ["split", "images", "sizes"], "github"),
         tabulate(classes, headers, "github", disable_numparse=True),
     ]
+
+
+def _sizes(pictures: Collection[Picture]) -> str:
+    """Their sizes, the smallest and the largest if they are more than three."""
+    sizes = sorted({(p.width * p.height, f"{p.width}x{p.height}") for p in pictures})
+    names = [name for _, name in sizes]
+    return ", ".join(names) if len(names) <= 3 else f"{names[0]} to {names[-1]}"
 
 
 def suspicions(found: Findings) -> list[str]:
@@ -91,6 +96,9 @@ def suspicions(found: Findings) -> list[str]:
     twice = sum(len(p.things) - len({(t.label, t.box) for t in p.things}) for p in pictures)
     if twice:
         said.append(f"{twice} objects are there twice")
+    if found.unlabeled:
+        count, first = len(found.unlabeled), found.unlabeled[0]
+        said.append(f"{count} images have no file of labels, such as '{first}': taken as empty")
     every = {file for files in found.images.values() for file in files}
     silent = every - {picture.file for picture in pictures}
     if silent:

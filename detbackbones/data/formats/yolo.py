@@ -111,7 +111,10 @@ def _read_labels(image: Path, split: str, found: Findings, numbers_a_line: set[i
         return
     picture = found.picture(split, image)
     file = _labels_of(image)
-    if picture is None or not file.is_file():
+    if picture is None:
+        return
+    if not file.is_file():
+        found.unlabeled.append(image)
         return
     size = picture.width, picture.height
     try:
