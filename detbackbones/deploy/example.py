@@ -58,8 +58,8 @@ GIVE = {
     objects = []
     for i, score in enumerate(scores.flatten().tolist()):
         if score >= about["score_threshold"]:
-            box = (boxes.reshape(-1, 4)[i] * scale).tolist()
-            objects.append({"class": NAME, "score": score, "box": box})MASK
+            name, box = NAME, (boxes.reshape(-1, 4)[i] * scale).tolist()
+            objects.append({"class": name, "score": score, "box": box})MASK
     return objects""",
         """\
     for x in detect(Image.open(sys.argv[1])):
