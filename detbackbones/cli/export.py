@@ -93,7 +93,7 @@ def _say(report: Report, format: str) -> None:
         print(f"not with {what}: {fault}", file=sys.stderr)
     own, models = (1000 * seconds for seconds in report.seconds)
     shape = " x ".join(map(str, report.shape))
-    numbers = f"any {', '.join(report.free)}" if report.free else "no other size"
+    numbers = f"any {' and '.join(report.free)}" if report.free else "no other size"
     print(f"wrote {report.folder}: {format}, of images {shape} ({numbers})")
     print(
         f"beside the model: {report.agreement}; {own:.0f} ms for an image, the model {models:.0f}"

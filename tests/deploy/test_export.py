@@ -332,7 +332,8 @@ def test_a_run_from_the_command_line(run, format, tmp_path, capsys):
     words = [str(folder), "--output", str(output), "--format", format, "--threshold", "0.05"]
     assert run_main(program, *words) == 0
     out = capsys.readouterr().out
-    assert f"wrote {output}: {format}; of any length: height and width" in out
+    assert f"wrote {output}: {format}, of images 1 x 3 x height x width (any height" in out
+    assert f"try it: python {output / 'example.py'} IMAGE" in out
     assert "boxes differ by at most" in out and "\nmodel\n" in out and "\nexported\n" in out
     about = json.loads((output / "model.json").read_text())
     assert about["classes"] == ["circle", "square"] and about["categories"] == [1, 2]
