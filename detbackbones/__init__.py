@@ -20,7 +20,13 @@ except ImportError as error:  # the program that installs it is a part of this p
         "run detbackbones install-detectron2"
     )
 else:
-    from .backbones import FeatureBackbone, TimmBackbone, TorchvisionBackbone, build_pyramid
+    from .backbones import (
+        FeatureBackbone,
+        SpatialTuningAdapter,
+        TimmBackbone,
+        TorchvisionBackbone,
+        build_pyramid,
+    )
     from .catalog import (
         BackboneConfig,
         FeatureBackboneConfig,
@@ -48,6 +54,7 @@ __all__ = [
     "LinearHead",
     "ModelSource",
     "Predictor",
+    "SpatialTuningAdapter",
     "TimmBackbone",
     "TorchvisionBackbone",
     "TransformersDetector",
