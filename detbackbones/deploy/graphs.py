@@ -1,5 +1,7 @@
 """What is exported of a detector or a backbone: a module that takes a tensor and gives tensors."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from detectron2.modeling import Backbone
@@ -125,6 +127,7 @@ class QueriesGraph(Graph):
     def __init__(self, model: TransformersDetector):
         axes = ("batch", "objects")
         super().__init__(model, boxes=(*axes, 4), scores=axes, classes=axes)
+        _trace_sizes(self.model)
 
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
         model, size = self.model, images.shape[-2:]
@@ -178,6 +181,25 @@ class ScoresGraph(Graph):
         pixels = self.padded((images - model.pixel_mean) / model.pixel_std)
         scores, _ = model.sem_seg_head(model.backbone(pixels))
         return (scores[..., :height, :width],)
+
+
+def _trace_sizes(model: nn.Module) -> None:
+    """Let the deformable attention of a DETR take the sizes of maps as they are traced.
+
+    transformers makes a tensor of them by ``torch.as_tensor``, which is a constant in a trace: of
+    Deformable DETR the boxes of images of other sizes were wrong by some tenths of a pixel.
+    """
+
+    def traced(module: nn.Module, args: tuple, options: dict[str, Any]) -> tuple | None:
+        if "spatial_shapes" not in options or not torch.jit.is_tracing():
+            return None
+        sizes = options["spatial_shapes_list"]
+        rows = [torch.stack([torch.as_tensor(length) for length in size]) for size in sizes]
+        return args, {**options, "spatial_shapes": torch.stack(rows)}
+
+    for module in model.modules():
+        if "DeformableAttention" in type(module).__name__:
+            module.register_forward_pre_hook(traced, with_kwargs=True)
 
 
 def _within(values: torch.Tensor, most: int) -> torch.Tensor:

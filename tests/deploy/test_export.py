@@ -15,6 +15,7 @@ from detbackbones.deploy.agreement import Agreement
 from detbackbones.deploy.export import export
 from detbackbones.deploy.export_detector import export_detector
 from detbackbones.deploy.exported import Exported
+from detbackbones.deploy.graphs import make_graph
 from detbackbones.training import train
 from detectron2.config import instantiate
 from PIL import Image
@@ -151,6 +152,34 @@ def test_an_r_cnn_is_not_exported_by_torch_export(tmp_path):
     with pytest.raises(ValueError, match="the model cannot be exported to 'pt2': "):
         export(_model("faster_rcnn"), tmp_path / "x", _images((64, 96)), format="pt2")
     assert not (tmp_path / "x").exists()
+
+
+def test_deformable_detr_is_traced_for_any_size():
+    """Its encoder divides by the sizes of maps, which were constants."""
+    graph = make_graph(_model("rt_detr", architecture="deformable_detr")).eval()
+    for name, module in graph.model.detr.model.encoder.named_modules():
+        if name.endswith("sampling_offsets"):
+            nn.init.normal_(module.weight, std=0.3)
+    maps = []
+    graph.model.detr.model.encoder.register_forward_hook(lambda *x: maps.append(x[2][0]))
+    (image,) = _images((64, 96))
+
+    class Encoder(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.graph = graph
+
+        def forward(self, images):
+            maps.clear()
+            return (*self.graph(images), *maps)
+
+    encoder = Encoder()
+    with torch.no_grad():
+        traced = torch.jit.trace(encoder, (image[None],), check_trace=False)
+        for image in _images((64, 96), (96, 64), (128, 160)):
+            *_, wanted = encoder(image[None])
+            *_, found = traced(image[None])
+            torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-4)
 
 
 def test_a_fixed_size_is_the_only_one(tmp_path):
