@@ -1,4 +1,4 @@
-"""Attention within windows: a plain ViT on large images in less memory and time, as in ViTDet."""
+"""Attention within windows: a plain ViT on large images in less time, as in ViTDet."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -37,8 +37,8 @@ def add_windows(model: nn.Module, size: int, global_blocks: int) -> nn.Module:
             f"window_size={size} needs a plain ViT whose blocks have one attention each, as timm's "
             f"VisionTransformer and Eva, and the model is a {type(model).__name__}"
         )
-    if not 0 <= global_blocks <= len(blocks):
-        raise ValueError(f"global_blocks={global_blocks} must be from 0 to {len(blocks)}")
+    if type(global_blocks) is not int or not 0 <= global_blocks <= len(blocks):
+        raise ValueError(f"global_blocks={global_blocks!r} must be from 0 to {len(blocks)}")
     windows = _Windows(size, model.num_prefix_tokens)
     model.patch_embed.register_forward_pre_hook(windows.see)
     whole = {(i + 1) * len(blocks) // global_blocks - 1 for i in range(global_blocks)}

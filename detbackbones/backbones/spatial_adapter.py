@@ -10,8 +10,9 @@ from detectron2.modeling import Backbone
 from torch import nn
 
 from ..measure.levels import select_levels
-from ..messages import whole_number
+from ..messages import one_of, whole_number
 
+NORMS = ("BN", "SyncBN", "FrozenBN", "GN", "LN", "")  # detectron2's
 STRIDES = {"res3": 8, "res4": 16, "res5": 32}
 
 
@@ -48,14 +49,16 @@ class SpatialTuningAdapter(Backbone):
             in_channels: of the images.
             branch_channels: of the first convolution of the branch; the others have 2 and 4 times
                 as many.
-            norm: after each convolution, a name that detectron2's ``get_norm`` knows.
+            norm: after each convolution: "BN", "SyncBN", "FrozenBN", "GN", "LN", or "" for none.
 
         Raises:
             ValueError: if an argument is wrong, or the levels are not one or three of one stride.
         """
         super().__init__()
-        for key, value in (("out_channels", out_channels), ("branch_channels", branch_channels)):
+        counts = {"out_channels": out_channels, "in_channels": in_channels}
+        for key, value in (counts | {"branch_channels": branch_channels}).items():
             whole_number(key, value)
+        one_of("norm", norm, NORMS)
         shapes = net.output_shape()
         names = list(shapes)
         if in_features is not None:

@@ -24,7 +24,7 @@ from detectron2.data import MetadataCatalog, get_detection_dataset_dicts
 
 from ..data.coco import register_coco
 from ..data.formats import FORMATS, Findings, read_folder
-from ..data.formats.convert import split_pictures, write_splits
+from ..data.formats.convert import LABELS, split_pictures, write_as_found, write_splits
 from ..data.formats.report import suspicions, tables
 from ..data.semantic import register_semantic
 from ..messages import fraction
@@ -60,13 +60,11 @@ def _draw(found: Findings, picture: str | None) -> None:
     if not shown:
         return
     with tempfile.TemporaryDirectory() as folder:
-        found.faults, faults = [], found.faults
-        (file,) = write_splits(found, {"shown": shown}, folder)
-        found.faults = faults
+        (file,) = write_as_found(found, {"shown": shown}, Path(folder))
         if found.label_map is None:
             name = register_coco(str(file), str(found.folder))
         else:
-            labels = str(Path(folder, "labels", "shown"))
+            labels = str(Path(folder, LABELS, "shown"))
             name = register_semantic(str(file), labels, len(found.names), found.names, partial=True)
         dicts = get_detection_dataset_dicts(name, filter_empty=False)
         file = draw_annotations(dicts, MetadataCatalog.get(name), picture or PICTURE)

@@ -28,7 +28,7 @@ from ..deploy.export_maps import export_maps
 from ..deploy.formats import FORMATS
 from ..deploy.predictor import Predictor
 from ..messages import fraction, nearest
-from ..training.evaluation import metric_tables
+from ..training.evaluation import metric_tables, whole_metrics
 from ..training.log import without_warnings_of_torch
 from .program import fail, new_parser
 
@@ -72,7 +72,7 @@ def _whole(metrics: Any) -> Any:
     """Metrics without those of single classes, such as AP-cat."""
     if not isinstance(metrics, dict):  # an evaluator may give single numbers
         return metrics
-    return {key: value for key, value in metrics.items() if "-" not in key}
+    return whole_metrics(metrics)
 
 
 def _export_backbone(args: argparse.Namespace, options: dict[str, Any]) -> Report:

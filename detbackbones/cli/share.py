@@ -33,7 +33,7 @@ def main(words: Sequence[str] | None = None) -> None:
             predictor = Predictor(args.run, config=args.config_file, device="cpu", trust=args.trust)
             options = {key: getattr(args, key) for key in ("name", "data", "license")}
             folder = save_pretrained(predictor, args.output, **options)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         fail("share", error)
     for key in ("data", "license"):
         if not getattr(args, key):

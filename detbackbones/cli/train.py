@@ -90,7 +90,7 @@ def _has(args: argparse.Namespace, key: str) -> bool:
     return getattr(args, key.removeprefix("--").replace("-", "_"))
 
 
-def _take_data(args: argparse.Namespace) -> None:
+def _take_data(args: argparse.Namespace, trains_anew: bool) -> None:
     """Give the arguments the config and the files of a folder of data.
 
     They are written when it is known that the config takes them, and that the folder is free.
@@ -104,7 +104,7 @@ def _take_data(args: argparse.Namespace) -> None:
         args.config_file = args.config_file or CONFIGS[args.task or data.task]
         cfg = apply_overrides(with_train_settings(load_asked(args)), args.opts)
         folder = Path(cfg.train.output_dir)
-        if not any(_has(args, key) for key in (*TOOLS, "--resume", "--overwrite", "--eval-only")):
+        if trains_anew:
             refuse_run(folder)
         settings = data.write(folder / "data")
     except WRONG_INPUT as error:
@@ -127,12 +127,12 @@ def main(words: Sequence[str] | None = None) -> None:
     add("--find-lr", action="store_true", help="try learning rates, in 100 steps; do not train")
     add("--find-batch", action="store_true", help="say how many images fit; do not train")
     args = parser.parse_intermixed_args(words)
+    given = [key for key in (*TOOLS, "--resume", "--overwrite", "--eval-only") if _has(args, key)]
     if args.data:
-        _take_data(args)
+        _take_data(args, trains_anew=not given)
     for key in ("format", "task", "palette"):
         if getattr(args, key) and not args.data:
             fail("train", f"--{key} {getattr(args, key)} must stand with --data")
-    given = [key for key in (*TOOLS, "--resume", "--overwrite", "--eval-only") if _has(args, key)]
     if given and given[0] in TOOLS:
         if len(given) > 1:
             fail("train", f"{given[0]} must stand without {given[1]}: it keeps nothing")

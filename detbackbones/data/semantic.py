@@ -34,7 +34,8 @@ def register_semantic(
     values.
 
     Args:
-        image_root: folder of images, or a pattern such as ``images/train_*.jpg``.
+        image_root: folder of images, a pattern such as ``images/train_*.jpg``, or a text file of
+            paths, one a line.
         label_root: folder of the label maps, which may hold more than those of the images.
         num_classes: number of classes, 1 to 255.
         class_names: a name for each class; ``class_0``, ``class_1``, ... if not given.

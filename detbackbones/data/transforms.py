@@ -16,6 +16,21 @@ from PIL import Image
 from .semantic import IGNORE_LABEL
 
 
+def resizing(augmentations: T.AugmentationList) -> list[T.ResizeShortestEdge | T.Resize]:
+    """The augmentations of a mapper for tests, which must resize alone.
+
+    Raises:
+        ValueError: if one does not.
+    """
+    for augmentation in augmentations.augs:
+        if type(augmentation) not in (T.ResizeShortestEdge, T.Resize):
+            raise ValueError(
+                "dataloader.test.mapper.augmentations must be ResizeShortestEdge or Resize, and "
+                f"one is {type(augmentation).__name__}"
+            )
+    return augmentations.augs
+
+
 def quick(transform: T.Transform) -> T.Transform:
     """The same transform, by a quicker program where there is one.
 

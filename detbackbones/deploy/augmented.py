@@ -1,10 +1,15 @@
 """Test-time augmentation: objects that are found in several views of an image."""
 
 import copy
+import math
+from collections.abc import Sequence
 
 import detectron2.data.transforms as T
+import torch
 from detectron2.structures import Boxes, Instances
 from torchvision.ops import batched_nms
+
+from ..data.transforms import resizing
 
 SCALES = (1.0,)  # of the size that images of the validation set have
 IOU = 0.5  # above which two boxes of a class are of one object
@@ -21,19 +26,31 @@ def scaled(augmentations: T.AugmentationList, scale: float) -> T.AugmentationLis
         ValueError: if one does not resize.
     """
     augmentations = copy.deepcopy(augmentations)
-    for augmentation in augmentations.augs:
-        if type(augmentation) is T.ResizeShortestEdge:
+
+    def scaled_to(length: int) -> int:
+        return max(round(scale * length), 1)
+
+    for augmentation in resizing(augmentations):
+        if isinstance(augmentation, T.ResizeShortestEdge):
             lengths = augmentation.short_edge_length
-            augmentation.short_edge_length = [round(scale * length) for length in lengths]
-            augmentation.max_size = round(scale * augmentation.max_size)
-        elif type(augmentation) is T.Resize:
-            augmentation.shape = tuple(round(scale * length) for length in augmentation.shape)
+            augmentation.short_edge_length = [*map(scaled_to, lengths)]
+            augmentation.max_size = scaled_to(augmentation.max_size)
         else:
-            raise ValueError(
-                "dataloader.test.mapper.augmentations must be ResizeShortestEdge or Resize, and "
-                f"one is {type(augmentation).__name__}"
-            )
+            augmentation.shape = tuple(map(scaled_to, augmentation.shape))
     return augmentations
+
+
+def check_scales(scales: Sequence[float]) -> None:
+    """Refuse scales that are none.
+
+    Raises:
+        ValueError: if there is none, or one is no number above 0.
+    """
+    if not scales:
+        raise ValueError("augment=[] must be numbers above 0, such as 1")
+    for scale in scales:
+        if not 0 < scale < math.inf:
+            raise ValueError(f"augment={scale} must be a number above 0")
 
 
 def flipped(found: Instances) -> Instances:
@@ -51,9 +68,7 @@ def flipped(found: Instances) -> Instances:
     fields = found.get_fields()
     x0, y0, x1, y1 = fields["pred_boxes"].tensor.unbind(1)
     width = found.image_size[1]
-    boxes = Boxes(found.pred_boxes.tensor.new_empty(len(found), 4))
-    for i, side in enumerate((width - x1, y0, width - x0, y1)):
-        boxes.tensor[:, i] = side
+    boxes = Boxes(torch.stack([width - x1, y0, width - x0, y1], dim=1))
     masks = {"pred_masks": fields["pred_masks"].flip(-1)} if "pred_masks" in fields else {}
     return Instances(found.image_size, **fields | {"pred_boxes": boxes} | masks)
 

@@ -136,10 +136,8 @@ def write(
             shape, seconds = content["input"]["shape"], time_both(model, exported, first)
             return Report(folder, shape, agreement, seconds, refused)
         refused[f"{' and '.join(free) or 'no axis'} free, by {way.by}"] = fault
-    faults = "; ".join(
-        {what.partition(", ")[2]: f"{why}" for what, why in refused.items()}.values()
-    )
-    raise ValueError(f"the model cannot be exported to {format!r}: {faults}")
+    last = {what.partition(", ")[2]: fault for what, fault in refused.items()}  # of each way
+    raise ValueError(f"the model cannot be exported to {format!r}: {'; '.join(last.values())}")
 
 
 def _wishes(

@@ -22,6 +22,7 @@ from tqdm import tqdm
 from ..config import load_config
 from ..data.files import check_new, new_folder
 from ..data.images import list_images, read_image
+from ..data.transforms import resizing
 from ..messages import first_line, one_of
 from ..training.evaluation import Results, without_nan
 from ..training.record import fill_config, read_record
@@ -175,20 +176,15 @@ def _about(predictor: Predictor) -> dict[str, Any]:
     }
     if predictor.max_value:
         about["max_value"] = predictor.max_value
-    for augmentation in predictor.mapper.augmentations.augs:
-        if type(augmentation) is T.ResizeShortestEdge:
+    for augmentation in resizing(predictor.mapper.augmentations):
+        if isinstance(augmentation, T.ResizeShortestEdge):
             lengths, longer = {*augmentation.short_edge_length}, augmentation.max_size
             if len(lengths) > 1:
                 raise ValueError(f"dataloader.test.mapper has several sizes: {sorted(lengths)}")
             (shorter,) = lengths
             about["resize"] = {"shorter_side": shorter, "longer_side": longer}
-        elif type(augmentation) is T.Resize:
-            about["size"] = tuple(augmentation.shape)
         else:
-            raise ValueError(
-                "dataloader.test.mapper.augmentations must be ResizeShortestEdge or Resize, and "
-                f"one is {type(augmentation).__name__}"
-            )
+            about["size"] = tuple(augmentation.shape)
     return about
 
 

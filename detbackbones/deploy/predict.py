@@ -1,6 +1,5 @@
 """Predicting many images and videos, and writing what is found."""
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing
 from itertools import islice
@@ -13,6 +12,7 @@ from tqdm import tqdm
 
 from ..data.files import check_new
 from ..messages import one_of, whole_number
+from .augmented import check_scales
 from .extras import import_supervision
 from .predictor import Predictor, check_tiles
 from .results import CocoFile, CsvFile, Film, Item, Maps, Pictures, Result, YoloFiles
@@ -68,14 +68,13 @@ def predict_files(
     whole_number("every", every)
     if tile is not None:
         check_tiles(tile, overlap)
-    for name, asked in (("tile", tile is not None), ("augment", augment is not None)):
-        if asked and not predictor.gives_objects:
-            raise ValueError(f"{name} must be left out for a model that gives label maps")
+    if augment is not None:
+        check_scales(augment)
+    for name, value in (("tile", tile), ("augment", augment)):
+        if value is not None and not predictor.gives_objects:
+            raise ValueError(f"{name}={value} must be left out for a model that gives label maps")
     if augment is not None and tile is not None:
-        raise ValueError(f"augment must stand without tile={tile}")
-    for scale in augment or ():
-        if not 0 < scale < math.inf:
-            raise ValueError(f"augment={scale} must be a number above 0")
+        raise ValueError(f"augment={[*augment]} must stand without tile={tile}")
     import_supervision()
     output = Path(output)
     check_new("output", output)

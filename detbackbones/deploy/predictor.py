@@ -23,7 +23,7 @@ from ..training.best import NAME as BEST
 from ..training.checkpoint import last_whole, load_init_checkpoint
 from ..training.record import make_record, read_record
 from ..training.run import check_config
-from .augmented import IOU, SCALES, flipped, merged, scaled
+from .augmented import IOU, SCALES, check_scales, flipped, merged, scaled
 from .extras import import_supervision
 from .hub import PREFIX, WEIGHTS, download
 
@@ -225,10 +225,11 @@ class Predictor:
             as a call, ``instances`` alone.
 
         Raises:
-            ValueError: as of a call, or if the model gives label maps.
+            ValueError: as of a call, if a scale is none, or if the model gives label maps.
         """
         if not self.gives_objects:
             raise ValueError("the model gives label maps: views of an image are merged of objects")
+        check_scales(scales)
         image, views = self.read(image), []
         for mirrored in (False, True) if flip else (False,):
             seen = np.ascontiguousarray(image[:, ::-1]) if mirrored else image

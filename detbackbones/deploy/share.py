@@ -7,11 +7,12 @@ from typing import Any
 
 import timm
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from tabulate import tabulate
 
 from ..config import load_config
 from ..data.files import new_folder
+from ..training.evaluation import Results, metric_tables, whole_metrics
 from ..training.metrics import EVALUATED
 from ..training.record import CONFIG, KEY
 from ..weights import read_checkpoint, write_checkpoint
@@ -72,9 +73,9 @@ def _card(predictor: Predictor, name: str, data: str | None, license: str | None
     """The model card."""
     metrics, task = _metrics(predictor.checkpoint), TASKS[predictor.gives_objects]
     results = [
-        EvalResult(task, "custom", data or "unnamed", key, round(value, 2), metric_name=key)
-        for key, value in metrics.items()
-        if "-" not in key
+        EvalResult(task, "custom", data or "unnamed", f"{part}/{key}", round(value, 2))
+        for part, found in metrics.items()
+        for key, value in whole_metrics(found).items()
     ]
     known = ModelCardData(
         license=license,
@@ -85,16 +86,13 @@ def _card(predictor: Predictor, name: str, data: str | None, license: str | None
         eval_results=results or None,
     )
     detector = _kind(predictor.record["model"])
-    backbones = [*_backbones(predictor.record["model"])]
-    rows = []
-    for i, label in enumerate(predictor.classes):
-        own = {k: v for k, v in metrics.items() if k.rpartition("-")[2] == label and "-" in k}
-        rows.append([i, label, *(f"{value:.1f}" for value in own.values())])
-        columns = ["number", "class", *(key.rpartition("-")[0] for key in own)]
-    order = sorted((key for key in metrics if "-" not in key), key=_order)
-    whole = [[key, f"{metrics[key]:.1f}"] for key in order]
+    backbones = [node["model_name"] for node in _models(predictor.record["model"])]
+    cfg = _config(predictor.checkpoint)
+    classes = tabulate(enumerate(predictor.classes), ["number", "class"], "github")
     versions = ", ".join(f"{key} {value}" for key, value in predictor.record["versions"].items())
-    training = [[f"`{key}`", str(value)] for key, value in _settings(predictor.checkpoint)]
+    training = [(f"`{key}`", OmegaConf.select(cfg, key)) for key in SETTINGS]
+    training = [(key, str(value)) for key, value in training if value is not None]
+    measured = "\n\n".join(metric_tables(metrics))
     backbone = " and ".join(f"`{x}`" for x in backbones) or "its own backbone"
     objects = """\
 predictor.classes  # names of the classes
@@ -123,11 +121,11 @@ predictor = Predictor("{PREFIX}USER/{name}")  # or the folder of this file
 
 ## Classes
 
-{_table(rows, columns)}
+{classes}
 
 ## Metrics
 
-{_table(whole, ["metric", "value"]) or "None is known."}
+{measured or "None is known."}
 
 On the validation set of the training, in percent; `AP` is COCO's, over IoU of 0.50 to 0.95.
 
@@ -135,9 +133,9 @@ On the validation set of the training, in percent; `AP` is COCO's, over IoU of 0
 
 Data: {data or "nothing is said of them."}
 
-{_start(predictor.checkpoint, backbones)}
+{_start(cfg)}
 
-{_table(training, ["setting", "value"])}
+{tabulate(training, ["setting", "value"], "github", disable_numparse=True)}
 
 {versions}
 
@@ -148,23 +146,19 @@ Data: {data or "nothing is said of them."}
     return str(ModelCard(f"---\n{known.to_yaml()}\n---\n\n{text}"))
 
 
-def _table(rows: list[list], headers: list[str]) -> str:
-    return tabulate(rows, headers, "github", disable_numparse=True) if rows else ""
-
-
-def _backbones(node: Any) -> Iterator[str]:
-    """Names of the models of timm or torchvision in a config."""
+def _models(node: Any) -> Iterator[dict[str, Any]]:
+    """What a config says of models of timm or torchvision."""
     if isinstance(node, dict):
         if isinstance(node.get("model_name"), str):
-            yield node["model_name"]
+            yield node
         for value in node.values():
-            yield from _backbones(value)
+            yield from _models(value)
 
 
 def _kind(model: dict[str, Any]) -> str:
     """What a detector is called, by its config."""
-    if "architecture" in model:
-        return model["architecture"].upper()
+    if architecture := model.get("architecture"):
+        return architecture.upper()
     name, heads = model["_target_"].rpartition(".")[2], model.get("roi_heads") or {}
     if name != "GeneralizedRCNN":
         return name
@@ -172,28 +166,28 @@ def _kind(model: dict[str, Any]) -> str:
     return kind if "Cascade" not in heads.get("_target_", "") else f"Cascade {kind}"
 
 
-def _order(key: str) -> tuple[str, int]:
-    """Tasks together, and AP, AP50, ... as COCO orders them."""
-    task, _, metric = key.partition("/")
-    known = ("AP", "AP50", "AP75", "APs", "APm", "APl")
-    return task, known.index(metric) if metric in known else len(known)
-
-
-def _start(checkpoint: str, backbones: list[str]) -> str:
-    """What a training started from, by its config, and under what licence that is."""
+def _config(checkpoint: str) -> DictConfig:
+    """The config of a training, if it is beside the checkpoint; else an empty one."""
     try:
-        cfg = load_config(Path(checkpoint).with_name("config.yaml"))
+        return load_config(Path(checkpoint).with_name("config.yaml"))
     except (OSError, ValueError):
+        return OmegaConf.create()
+
+
+def _start(cfg: DictConfig) -> str:
+    """What a training started from, and under what licence that is."""
+    if "model" not in cfg:
         return "What it started from is not known."
     if file := OmegaConf.select(cfg, "train.init_checkpoint"):
         return f"It started from a checkpoint, `{Path(file).name}`."
-    backbone = OmegaConf.select(cfg, "model.backbone.bottom_up", default=cfg.model.get("backbone"))
-    if file := backbone.get("checkpoint_path"):
+    models = [*_models(OmegaConf.to_container(cfg.model))]
+    for file in filter(None, (model.get("checkpoint_path") for model in models)):
         return f"The backbone started from a checkpoint, `{Path(file).name}`."
-    if not (backbone.get("pretrained") or backbone.get("weights")):
+    pretrained = [x["model_name"] for x in models if x.get("pretrained") or x.get("weights")]
+    if not pretrained:
         return "It started from random weights."
     said = "The backbone started from pretrained weights."
-    for name in backbones:
+    for name in pretrained:
         known = timm.is_model(name) and timm.get_pretrained_cfg(name)
         if known and known.license:
             source, package = known.hf_hub_id or known.url, package_of(name)
@@ -207,7 +201,7 @@ def _start(checkpoint: str, backbones: list[str]) -> str:
     return said
 
 
-def _metrics(checkpoint: str) -> dict[str, float]:
+def _metrics(checkpoint: str) -> Results:
     """What the evaluation of a checkpoint found, by its run's ``metrics.json``."""
     file = Path(checkpoint).with_name("metrics.json")
     if not (file.is_file() and checkpoint.endswith((".pth", ".pt"))):
@@ -219,16 +213,9 @@ def _metrics(checkpoint: str) -> dict[str, float]:
         lines = [line for line in lines if line.get(metric) == content["value"]]
     else:  # the last evaluation is recorded for the iteration after the last
         lines = [x for x in lines if 0 <= x["iteration"] - content.get("iteration", -2) <= 1]
-    found = lines[-1] if lines else {}
-    keys = [key for key in found if "/" in key and not key.startswith("evaluation/")]
-    return {key: found[key] for key in keys if found[key] == found[key]}  # no NaN
-
-
-def _settings(checkpoint: str) -> list[tuple[str, Any]]:
-    """Settings of the training, if its config is beside the checkpoint."""
-    try:
-        cfg = load_config(Path(checkpoint).with_name("config.yaml"))
-    except (OSError, ValueError):
-        return []
-    found = [(key, OmegaConf.select(cfg, key)) for key in SETTINGS]
-    return [(key, value) for key, value in found if value is not None]
+    found: Results = {}
+    for key, value in lines[-1].items() if lines else ():
+        task, slash, name = key.partition("/")
+        if slash and task != EVALUATED.partition("/")[0] and value == value:  # no NaN
+            found.setdefault(task, {})[name] = value
+    return found

@@ -119,7 +119,9 @@ def find_size_rule(
         traces = (attempt(index, SizeRule(native, native, resample=True)) for index in indices)
         at_native = next((found.shapes for found in traces if found), ())
     for rule in _candidates(at_native, native) if at_native else ():
-        for index in indices if rule.img_size or not native_only else ():
+        if native_only and not rule.img_size:
+            continue
+        for index in indices:
             if found := attempt(index, rule):
                 return rule, index, found
     raise ValueError(first_line(failures[0])) from failures[0]

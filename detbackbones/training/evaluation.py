@@ -19,7 +19,6 @@ from PIL import Image
 from tabulate import tabulate
 from timm.utils import distribute_bn
 from torch import nn
-from torch.utils.tensorboard import SummaryWriter
 
 from ..data.evaluator import CocoEvaluator
 from ..data.loader import TrainLoader
@@ -74,9 +73,7 @@ def metric_tables(results: Results) -> list[str]:
     for task, metrics in without_nan(results).items():
         if not isinstance(metrics, dict):  # an evaluator may give single numbers
             metrics = {task: metrics}
-        # the dash in detectron2's "B-Iou" is not that before the name of a class
-        metrics = {k.replace("B-Iou", "BoundaryIoU"): value for k, value in metrics.items()}
-        whole = {name: value for name, value in metrics.items() if "-" not in name}
+        metrics, whole = _renamed(metrics), whole_metrics(metrics)
         tables.append(_table([[task, *whole.values()]], ["", *whole]))
         classes: dict[str, dict[str, float | None]] = {}
         for name, value in metrics.items():
@@ -88,6 +85,16 @@ def metric_tables(results: Results) -> list[str]:
             rows = [[name, *(row.get(kind) for kind in kinds)] for name, row in classes.items()]
             tables.append(_table(rows, ["class", *kinds]))
     return tables
+
+
+def whole_metrics(metrics: dict[str, float]) -> dict[str, float]:
+    """Metrics of a task without those of single classes, such as AP-cat."""
+    return {name: value for name, value in _renamed(metrics).items() if "-" not in name}
+
+
+def _renamed(metrics: dict[str, float]) -> dict[str, float]:
+    """Metrics with a dash before the name of a class alone, which detectron2's "B-Iou" has too."""
+    return {name.replace("B-Iou", "BoundaryIoU"): value for name, value in metrics.items()}
 
 
 def _table(rows: list[list], headers: list[str]) -> str:
@@ -154,9 +161,14 @@ def draw_first_batch(cfg: DictConfig, loader: Iterable) -> list[Path]:
 
 def show_in_tensorboard(pictures: list[Path], iteration: int) -> None:
     """Let TensorBoard show pictures of a run, which are in its folder."""
-    for file in pictures:
-        with SummaryWriter(str(file.parent)) as writer, Image.open(file) as picture:
-            pixels = np.asarray(picture.convert("RGB"))
+    if not pictures:
+        return
+    from torch.utils.tensorboard import SummaryWriter  # slow to import, and for trainings alone
+
+    with SummaryWriter(str(pictures[0].parent)) as writer:
+        for file in pictures:
+            with Image.open(file) as picture:
+                pixels = np.asarray(picture.convert("RGB"))
             writer.add_image(file.stem, pixels, iteration, dataformats="HWC")
 
 

@@ -73,7 +73,7 @@ def draw_predictions(
             f"images and predictions must be of one length, at least 1; got {len(images)} and "
             f"{len(predictions)}"
         )
-    colors, panel = _colors(metadata), _panel(2 * len(images))
+    colors, length = _colors(metadata), _length(2 * len(images))
     pictures, drawn, kinds = [], set(), set()
     for image, prediction in zip(images, predictions):
         pixels = read(image) if read else read_image(image["file_name"])
@@ -85,11 +85,11 @@ def draw_predictions(
         predicted = _predicted(prediction[kind], kind, metadata, score_threshold)
         sides = [[r for r in side if r.name not in UNPAINTED] for side in (truth, predicted)]
         drawn.update(region.name for side in sides for region in side)
-        pictures += [_draw(pixels, side, colors, panel) for side in sides]
+        pictures += [_draw(pixels, side, colors, PANELS[length]) for side in sides]
     title = "prediction"
     if "instances" in kinds:
         title += f", scores from {score_threshold:g}"
-    return _save(pictures, ("ground truth", title), colors, drawn, path)
+    return _save(pictures, length, ("ground truth", title), colors, drawn, path)
 
 
 def draw_batch(
@@ -108,7 +108,7 @@ def draw_batch(
         `path`.
     """
     colors, pictures, drawn = _colors(metadata), [], set()
-    panel = _panel(len(samples))
+    length = _length(len(samples))
     for sample in samples:
         pixels = shown_channels(sample["image"].permute(1, 2, 0).numpy())
         pixels = np.ascontiguousarray(pixels[:, :, ::-1]) if bgr else pixels
@@ -119,8 +119,8 @@ def draw_batch(
             regions += _objects(with_bits(sample["instances"]), metadata)
         regions = [region for region in regions if region.name not in UNPAINTED]
         drawn.update(region.name for region in regions)
-        pictures.append(_draw(pixels, regions, colors, panel))
-    return _save(pictures, ("what the model sees",), colors, drawn, path)
+        pictures.append(_draw(pixels, regions, colors, PANELS[length]))
+    return _save(pictures, length, ("what the model sees",), colors, drawn, path)
 
 
 def draw_annotations(
@@ -138,24 +138,23 @@ def draw_annotations(
         `path`.
     """
     colors, pictures, drawn = _colors(metadata), [], set()
-    panel = _panel(len(images))
+    length = _length(len(images))
     for image in images:
         pixels = read_image(image["file_name"])
         regions = _truth(image, "panoptic_seg", pixels.shape[:2], metadata)
         regions = [region for region in regions if region.name not in UNPAINTED]
         drawn.update(region.name for region in regions)
-        pictures.append(_draw(pixels, regions, colors, panel))
-    return _save(pictures, ("what is annotated",), colors, drawn, path)
+        pictures.append(_draw(pixels, regions, colors, PANELS[length]))
+    return _save(pictures, length, ("what is annotated",), colors, drawn, path)
 
 
-def _panel(count: int) -> int:
-    """The width of each of some pictures, in pixels."""
-    return PANELS[4 if count > 2 * FEW else 2]
+def _length(count: int) -> int:
+    """How many of some pictures are in a row."""
+    return 4 if count > 2 * FEW else 2
 
 
-def _rows(pictures: list[np.ndarray]) -> list[list[np.ndarray]]:
-    """Pictures in rows of two or four, as wide as they are, the last one filled up with white."""
-    (length,) = (length for length, panel in PANELS.items() if panel == pictures[0].shape[1])
+def _rows(pictures: list[np.ndarray], length: int) -> list[list[np.ndarray]]:
+    """Pictures in rows, the last one filled up with white."""
     missing = -len(pictures) % length
     pictures = pictures + [np.full_like(pictures[-1], 255)] * missing
     rows = [pictures[start : start + length] for start in range(0, len(pictures), length)]
@@ -305,6 +304,7 @@ def _area(region: _Region) -> float:
 
 def _save(
     pictures: list[np.ndarray],
+    length: int,
     titles: Sequence[str],
     colors: dict[str, tuple[float, ...]],
     drawn: set[str],
@@ -313,30 +313,31 @@ def _save(
     """Place pictures pixel by pixel, below titles and above a legend of what is drawn.
 
     Args:
-        pictures: of one width, see :func:`_panel`.
+        pictures: as wide as :data:`PANELS` says.
+        length: of a row.
         titles: of the columns from the left, again and again if there are two.
         colors: of classes.
         drawn: the classes that are in the pictures.
         path: the file.
     """
     colors = {name: color for name, color in colors.items() if name in drawn}
-    rows = _rows(pictures)
-    cell = pictures[0].shape[1] + GAP
+    rows = _rows(pictures, length)
+    cell = PANELS[length] + GAP
     cells = [row[0].shape[0] + GAP for row in rows]
-    width = len(rows[0]) * cell + 20
+    width = length * cell + 20
     columns = max((width - 20) // (60 + 10 * max(map(len, colors), default=0)), 1)
     footer = 20 + 25 * -(-len(colors) // columns)
     height = HEADER + sum(cells) + footer
     figure = Figure((width / 100, height / 100), dpi=100)
-    for column in range(len(rows[0])):
+    for column in range(length):
         left = 10 + GAP / 2 + column * cell
         if column < len(titles) or len(titles) > 1:
             center, middle = (left + cell / 2) / width, 1 - HEADER / 2 / height
             title = titles[column % len(titles)]
             figure.text(center, middle, title, fontsize=14, ha="center", va="center")
-        for row, pictures in enumerate(rows):
-            bottom = height - HEADER - sum(cells[: row + 1])
-            figure.figimage(pictures[column], left, bottom, origin="upper")
+        for i, row in enumerate(rows):
+            bottom = height - HEADER - sum(cells[: i + 1])
+            figure.figimage(row[column], left, bottom, origin="upper")
     handles = [Patch(color=color, label=name) for name, color in colors.items()]
     figure.legend(handles=handles, loc="lower center", ncols=columns, fontsize=12, frameon=False)
     path = Path(path)

@@ -362,3 +362,16 @@ def test_the_task_must_be_what_the_data_have(tmp_path, capsys):
     with pytest.raises(SystemExit):
         train.main(["--task", "boxes", "--config-file", "finetune/faster_rcnn.py"])
     assert "--task boxes must stand with --data" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("write", [indices, colors])
+def test_the_program_says_what_is_wrong_and_draws_the_rest(write, tmp_path, capsys):
+    write(tmp_path / "data", _maps())
+    palette = tmp_path / "other.csv"
+    rows = "name,r,g,b\nground,0,0,0" if write is colors else "name,id\nground,0"
+    palette.write_text(f"{rows}\n")
+    words = ["check", tmp_path / "data", "--palette", palette, "--picture", tmp_path / "x.png"]
+    assert run_main(program, *words) == 1
+    said = capsys.readouterr()
+    assert "must be in the palette, and is not" in said.out and "8 wrong" in said.err
+    assert (tmp_path / "x.png").exists() and "nothing is wrong" not in said.out

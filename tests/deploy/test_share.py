@@ -125,6 +125,18 @@ def test_what_a_shared_folder_would_call_is_known(runs, tmp_path):
         Predictor(tmp_path / "x")
 
 
+def test_metrics_are_of_the_class_that_they_name(runs, tmp_path):
+    shutil.copytree(runs[0] / "faster_rcnn", tmp_path / "run")
+    file = tmp_path / "run" / "metrics.json"
+    *lines, last = file.read_text().splitlines()
+    found = json.loads(last) | {"bbox/AP-T-cell": 12.5, "bbox/AP-cell": 34.5}
+    file.write_text("\n".join([*lines, json.dumps(found)]))
+    save_pretrained(Predictor(tmp_path / "run"), tmp_path / "x")
+    card = (tmp_path / "x" / "README.md").read_text()
+    rows = [line.replace(" ", "") for line in card.splitlines()]
+    assert "|T-cell|12.5|" in rows and "|cell|34.5|" in rows
+
+
 def test_damaged_weights_are_noticed(runs, tmp_path):
     save_pretrained(Predictor(runs[0] / "faster_rcnn"), tmp_path / "x")
     file = tmp_path / "x" / "model.safetensors"

@@ -17,6 +17,7 @@ import warnings
 
 import torch
 from detbackbones import SpatialTuningAdapter, TimmBackbone, build_pyramid
+from detbackbones.backbones.timm_source import TimmSource
 from tabulate import tabulate
 
 WINDOWS = {"whole image": {}, "windows": {"window_size": 16, "global_blocks": 4}}
@@ -29,7 +30,7 @@ def build(args: argparse.Namespace, attention: str, levels: str) -> torch.nn.Mod
     options = dict(WINDOWS[attention])
     if levels == "simple pyramid":
         return build_pyramid(TimmBackbone(args.model, **options))
-    depth = len(TimmBackbone(args.model).model.blocks)
+    depth = len(TimmSource(args.model).level_keys)  # on the meta device
     indices = [depth // 2 - 1, 3 * depth // 4 - 1, depth - 1]
     return build_pyramid(
         SpatialTuningAdapter(TimmBackbone(args.model, out_indices=indices, **options))

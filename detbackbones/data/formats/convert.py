@@ -45,7 +45,13 @@ def write_splits(
         more = len(found.faults) - 1
         others = f" (and {more} more: detbackbones data check lists all)" if more else ""
         raise ValueError(f"{found.faults[0]}{others}")
-    output = Path(output)
+    return write_as_found(found, splits, Path(output))
+
+
+def write_as_found(
+    found: Findings, splits: Mapping[str, Sequence[Picture]], output: Path
+) -> list[Path]:
+    """As :func:`write_splits`, whatever the faults: for pictures of the data."""
     if found.label_map is None:
         files = [output / f"{name}.json" for name in splits]
         texts = dict(zip(files, (json.dumps(found.coco(p)) for p in splits.values())))

@@ -128,12 +128,14 @@ def _read_masks(found: Findings, paired: Paired) -> None:
 def _read_values(found: Findings, paired: Paired, meanings: Meanings | None, colors: bool) -> None:
     """Of one label map for each image."""
     read: dict[Path, tuple[Path, dict[int, int]]] = {}
-    indices = meanings is None or not colors
-    gray = {file: _is_gray(file) for maps in paired.values() for file in maps.values()}
-    colors = colors or (meanings is None and not all(gray.values()))
-    if indices and meanings is not None:
-        for file in (file for file, is_gray in gray.items() if not is_gray):
-            found.fault(file, None, "it has colours, and the palette is of values")
+    if not colors:
+        files = (file for maps in paired.values() for file in maps.values())
+        colored = [file for file in files if not _is_gray(file)]
+        if meanings is None:
+            colors = bool(colored)
+        else:
+            for file in colored:
+                found.fault(file, None, "it has colours, and the palette is of values")
     for image, maps in _progress(paired):
         for name in maps:
             if name:
@@ -169,9 +171,10 @@ def _read_values(found: Findings, paired: Paired, meanings: Meanings | None, col
 
 
 def _numbered(values: np.ndarray, numbers: dict[int, int]) -> np.ndarray:
-    """The numbers of values' classes, uint8."""
+    """The numbers of values' classes, uint8; of values that are a fault, that of no class."""
     known, places = np.unique(values, return_inverse=True)
-    return np.array([numbers[v] for v in known.tolist()], np.uint8)[places].reshape(values.shape)
+    table = np.array([numbers.get(v, IGNORE_LABEL) for v in known.tolist()], np.uint8)
+    return table[places].reshape(values.shape)
 
 
 def _stacked(files: dict[str, Path], names: list[str]) -> np.ndarray:
@@ -291,12 +294,13 @@ def _sorted_out(found: Findings) -> tuple[list[Path], list[Path]]:
         if not {*parts} & _OTHERS:
             (maps if any(map(_has_labels, parts)) else images).append(file)
     stems = {(file.parent, file.stem) for file in images}
-    for file in [*images]:
+
+    def ends_as_map(file: Path) -> bool:
         base, _, ending = file.stem.rpartition("_")
-        if ending.lower() in _ENDINGS and (file.parent, base) in stems:
-            images.remove(file)
-            maps.append(file)
-    return images, maps
+        return ending.lower() in _ENDINGS and (file.parent, base) in stems
+
+    maps += filter(ends_as_map, images)
+    return [file for file in images if not ends_as_map(file)], maps
 
 
 def _cuts(stem: str, known: Container[str]) -> Iterator[tuple[str, str]]:
