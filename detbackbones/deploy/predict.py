@@ -69,12 +69,13 @@ def predict_files(
     if tile is not None:
         check_tiles(tile, overlap)
     if augment is not None:
+        augment = [*augment]
         check_scales(augment)
     for name, value in (("tile", tile), ("augment", augment)):
         if value is not None and not predictor.gives_objects:
             raise ValueError(f"{name}={value} must be left out for a model that gives label maps")
     if augment is not None and tile is not None:
-        raise ValueError(f"augment={[*augment]} must stand without tile={tile}")
+        raise ValueError(f"augment={augment} must stand without tile={tile}")
     import_supervision()
     output = Path(output)
     check_new("output", output)

@@ -488,9 +488,12 @@ def test_what_cannot_be_augmented_is_said(runs, tmp_path, capsys):
     folder, image, _ = runs
     words = [image, "--output", tmp_path / "found", "--augment"]
     assert run_main(predict, folder / "semantic_fpn", *words) == 2
-    assert "augment must be left out for a model that gives label maps" in capsys.readouterr().err
+    assert (
+        "augment=[1.0] must be left out for a model that gives label maps"
+        in capsys.readouterr().err
+    )
     assert run_main(predict, folder / "faster_rcnn", *words, "--tile", 64) == 2
-    assert "augment must stand without tile=64" in capsys.readouterr().err
+    assert "augment=[1.0] must stand without tile=64" in capsys.readouterr().err
     assert run_main(predict, folder / "faster_rcnn", *words, 1, -1) == 2
     assert "augment=-1.0 must be a number above 0" in capsys.readouterr().err
     words += [1, 1.5, "--threshold", 0, "--save", "csv"]
