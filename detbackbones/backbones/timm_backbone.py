@@ -8,7 +8,7 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, Backbone
 
 from ..config import check_model_kwargs, plain_dict
-from ..messages import whole_number
+from ..messages import one_of, whole_number
 from .detrex import norm_from_detrex
 from .feature_backbone import FeatureBackbone
 from .pyramid import build_yacs_pyramid
@@ -36,6 +36,7 @@ class TimmBackbone(FeatureBackbone):
         in_channels: int = 3,
         out_features: Sequence[str] | None = None,
         out_indices: Sequence[int] | None = None,
+        out_depths: Sequence[float] | None = None,
         layers: Sequence[str] | Mapping[str, str] | None = None,
         norm: str = "",
         freeze_at: int = 0,
@@ -49,6 +50,7 @@ class TimmBackbone(FeatureBackbone):
         patch_size: int | None = None,
         window_size: int | None = None,
         global_blocks: int = 4,
+        final_norm: bool = False,
         drop_path_rate: float | None = None,
         model_kwargs: dict[str, Any] | None = None,
         features_only: bool = True,
@@ -65,6 +67,8 @@ class TimmBackbone(FeatureBackbone):
             out_features: levels to output, by stride: ``["res3", "res4", "res5"]``. By default
                 those of strides 4 to 32. Later stages are not built.
             out_indices: levels to output by timm's index instead, named ``p{index}``.
+            out_depths: levels of a plain ViT by the part of its blocks that is behind them instead:
+                ``[0.5, 0.75, 1]`` of 12 blocks are ``p5``, ``p8`` and ``p11``.
             layers: names of modules whose outputs to take instead, ``["layer2", "layer3"]``, or a
                 mapping from these to level names.
             norm: batch norm ``""`` as in the model, ``"FrozenBN"``, ``"SyncBN"`` or ``"BN"``.
@@ -86,6 +90,8 @@ class TimmBackbone(FeatureBackbone):
             window_size: let the blocks of a plain ViT attend within windows of so many patches, see
                 :func:`detbackbones.adapt.windows.add_windows`; None is for the whole image.
             global_blocks: how many of its blocks attend to the whole image all the same.
+            final_norm: pass each level of a plain ViT through the norm behind its last block, as
+                DINOv2 and DINOv3 do for dense tasks; by default levels are as the blocks give them.
             drop_path_rate: stochastic depth, in models that have it.
             model_kwargs: further arguments for ``timm.create_model``.
             features_only: only True; there for configs written for detrex.
@@ -99,7 +105,8 @@ class TimmBackbone(FeatureBackbone):
         """
         norm = norm_from_detrex(features_only, norm_layer, norm)
         whole_number("in_channels", in_channels)
-        asked = {"out_features": out_features, "out_indices": out_indices, "layers": layers}
+        asked = {"out_features": out_features, "out_indices": out_indices}
+        asked |= {"out_depths": out_depths, "layers": layers}
         asked = [f"{key}={value}" for key, value in asked.items() if value is not None]
         if len(asked) > 1:
             raise ValueError(f"{' and '.join(asked)} were given together: use one")
@@ -118,7 +125,14 @@ class TimmBackbone(FeatureBackbone):
         if window_size is not None:
             whole_number("window_size", window_size)
         windows = (window_size, global_blocks) if window_size else None
-        source = TimmSource(model_name, in_channels, attention_windows=windows, **kwargs)
+        one_of("final_norm", final_norm, (True, False))
+        if final_norm and layers is not None:
+            raise ValueError("final_norm=True and layers=... were given together: use one")
+        source = TimmSource(
+            model_name, in_channels, attention_windows=windows, final_norm=final_norm, **kwargs
+        )
+        if out_depths is not None:
+            out_indices = _indices_of_depths(out_depths, source)
         if layers is not None:
             levels = source.levels_by_module(layers)
         elif out_indices is not None:
@@ -173,6 +187,29 @@ def _checked_indices(
         raise ValueError(
             f"out_indices={list(out_indices)} must be different levels of {model_name}, "
             f"{valid[0]} to {valid[-1]}"
+        )
+    return indices
+
+
+def _indices_of_depths(out_depths: Sequence[float], source: TimmSource) -> list[int]:
+    """timm's indices of the last blocks of so large parts of a plain ViT."""
+    try:
+        known = all(0 < depth <= 1 for depth in out_depths)
+    except TypeError:
+        known = False
+    if not known:
+        raise ValueError(f"out_depths={out_depths!r} must be a list of numbers above 0, up to 1")
+    if not source.is_plain_vit:
+        raise ValueError(
+            f"out_depths={list(out_depths)} needs a plain ViT, whose blocks all give maps of one "
+            f"stride, and {source.model_name} is none: out_features takes its levels by stride"
+        )
+    keys = source.level_keys
+    indices = [keys[max(round(depth * len(keys)), 1) - 1] for depth in out_depths]
+    if not indices or len(set(indices)) < len(indices):
+        raise ValueError(
+            f"out_depths={list(out_depths)} must be of different blocks, and of the {len(keys)} of "
+            f"{source.model_name} they are the last of {[index + 1 for index in indices]}"
         )
     return indices
 

@@ -44,6 +44,7 @@ class TimmSource(Source):
         output_stride: int | None = None,
         patch_size: int | None = None,
         attention_windows: tuple[int, int] | None = None,
+        final_norm: bool = False,
         **kwargs: Any,
     ):
         """
@@ -54,13 +55,15 @@ class TimmSource(Source):
             patch_size: of a ViT, on the grid of patches that it was trained with.
             attention_windows: of a ViT, the ``size`` and ``global_blocks`` of
                 :func:`detbackbones.adapt.windows.add_windows`.
+            final_norm: of a plain ViT, each level goes through the norm behind its last block.
             kwargs: further arguments of ``timm.create_model``.
 
         Raises:
-            ValueError: if there is no such model, or it has no patches.
+            ValueError: if there is no such model, or it has no patches, or no norm.
         """
         super().__init__(str(model_name), in_channels)
         self.kwargs, self.attention_windows = kwargs, attention_windows
+        self.final_norm = final_norm
         if output_stride is not None:
             self.dilation = {"output_stride": output_stride}
         if patch_size is not None:
@@ -71,6 +74,14 @@ class TimmSource(Source):
                 )
             grid = own.native_size // own.patch_size
             self.kwargs = {"patch_size": patch_size, "img_size": grid * patch_size, **kwargs}
+        if final_norm and (
+            isinstance(getattr(self.model, "norm", nn.Identity()), nn.Identity)
+            or not self.is_plain_vit
+        ):
+            raise ValueError(
+                f"final_norm=True needs a plain ViT with a norm behind its last block, and "
+                f"{model_name} has none"
+            )
 
     @classmethod
     def names(cls) -> list[str]:
@@ -167,7 +178,14 @@ class TimmSource(Source):
         self, model: nn.Module, keys: Sequence[int], output_fmt: str = "NCHW", **options: Any
     ) -> FeatureGetterNet:
         """timm's own extractor, which also takes out what follows the last of the levels."""
-        return FeatureGetterNet(model, out_indices=list(keys), output_fmt=output_fmt)
+        return FeatureGetterNet(
+            model, out_indices=list(keys), output_fmt=output_fmt, norm=self.final_norm
+        )
+
+    @property
+    def is_plain_vit(self) -> bool:
+        """Whether every block gives a level, and all levels have one stride."""
+        return len(self.level_keys) > 1 and len({level.stride for level in self.trace.levels}) == 1
 
     @property
     def patch_size(self) -> int | None:

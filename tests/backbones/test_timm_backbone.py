@@ -171,6 +171,28 @@ def test_out_indices_name_what_timm_gives(checkpoint):
     assert_close(levels["p4"], maps[4])
 
 
+@pytest.mark.parametrize("name", ["test_vit", "vit_small_patch16_dinov3"])
+def test_depths_and_norm_of_a_vit(name):
+    torch.manual_seed(0)
+    kwargs = {"depth": 8, "embed_dim": 64, "num_heads": 2}
+    backbone = TimmBackbone(
+        name, out_depths=[1, 0.5, 0.2], final_norm=True, img_size=64, model_kwargs=kwargs
+    ).eval()
+    source = timm.create_model(name, img_size=64, **kwargs).eval()
+    for module in source.modules():
+        if isinstance(module, nn.LayerNorm):
+            nn.init.normal_(module.weight)
+            nn.init.normal_(module.bias)
+    backbone.model.load_state_dict(source.state_dict(), strict=False)
+    x = images(1, 3, 64, 64)
+    with torch.no_grad():
+        expected = source.forward_intermediates(x, norm=True, intermediates_only=True)
+        levels = backbone(x)
+    assert list(levels) == ["p1", "p3", "p7"]
+    for level, index in zip(levels.values(), (1, 3, 7)):
+        assert_close(level, expected[index])
+
+
 def test_layers_by_name(checkpoint):
     source, path = checkpoint("resnet18")
     layers = {"layer3.0": "res4", "layer1": "fine"}
@@ -286,6 +308,18 @@ WRONG = [
     ({"model_name": "local-dir:/no/such"}, "model_name='local-dir:/no/such' .* not found"),
     ({"layers": ["layr2"]}, "layers='layr2' is unknown: the nearest are 'layer2'"),
     ({"layers": ["layer2"], "out_indices": [1]}, "out_indices=.* and layers=.* together: use one"),
+    ({"out_depths": [0.5], "out_indices": [1]}, "out_indices=.* and out_depths=.* use one"),
+    ({"out_depths": [0.5]}, r"out_depths=\[0.5\] needs a plain ViT.* and resnet18 is none"),
+    ({"model_name": "test_vit", "out_depths": [1.5]}, r"=\[1.5\] must be .* above 0, up to 1"),
+    ({"model_name": "test_vit", "out_depths": 1}, "out_depths=1 must be a list of numbers"),
+    ({"model_name": "test_vit", "out_depths": [0.95, 1]}, r"out_depths=\[0.95, 1\] .* different"),
+    ({"final_norm": True}, "final_norm=True needs a plain ViT with a norm .* resnet18 has none"),
+    (
+        {"model_name": "eva02_tiny_patch14_224", "final_norm": True},
+        "final_norm=True needs .* eva02_tiny_patch14_224 has none",
+    ),
+    ({"final_norm": "LN"}, "final_norm='LN' is unknown: valid are True, False"),
+    ({"layers": ["layer2"], "final_norm": True}, "final_norm=True and layers=.* use one"),
     ({"layers": ["fc"]}, r"layers='fc' gives \(2, 1000\), not one feature map"),
     ({"norm": "GN"}, "norm='GN' is unknown: valid are '', 'FrozenBN', 'SyncBN', 'BN'"),
     ({"norm_layer": nn.LayerNorm}, "norm_layer=.*LayerNorm.* valid are 'FrozenBatchNorm2d'"),
