@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from detbackbones.weights.packages import read_package
+from detectron2.structures import BitMasks, Instances
 from torch import nn
 
 ROOT = Path(__file__).parents[1]
@@ -72,6 +73,37 @@ def run_main(program, *words):
     except SystemExit as end:
         return end.code or 0
     return 0
+
+
+def mask_batch(*sizes, masks=2, seed=0):
+    """Images of (height, width) with rectangles, as a detectron2 mapper gives them."""
+    generator = torch.Generator().manual_seed(seed)
+    inputs = []
+    for height, width in sizes:
+        bits = torch.zeros(masks, height, width, dtype=torch.bool)
+        for i in range(masks):
+            bits[i, 8 * i + 4 : 40 + 3 * i, 9 + 5 * i : width - 7 * i - 3] = True
+        instances = Instances((height, width))
+        instances.gt_masks = BitMasks(bits)
+        instances.gt_classes = torch.arange(masks) % 3
+        image = torch.randint(0, 256, (3, height, width), generator=generator).byte()
+        label_map = torch.randint(0, 3, (height, width), generator=generator)
+        label_map[:5] = 255
+        inputs.append(
+            {
+                "image": image,
+                "instances": instances,
+                "sem_seg": label_map,
+                "height": height,
+                "width": width,
+            }
+        )
+    return inputs
+
+
+def without_gradient(model):
+    """Names of the parameters that should learn and have no gradient."""
+    return [k for k, p in model.named_parameters() if p.requires_grad and p.grad is None]
 
 
 def assert_checkpoints(build, batch):

@@ -39,12 +39,16 @@ TINY = {
         f"{BOTTOM_UP}.model_kwargs.depths=[1, 1, 1, 1]",
         f"{BOTTOM_UP}.model_kwargs.num_heads=[1, 2, 2, 2]",
     ],
+    "eomt": [f"{BOTTOM_UP}.model_name=vit_tiny_patch16_224", f"{BOTTOM_UP}.pretrained=False"],
+    "dinov2": [f"{BOTTOM_UP}.model_name=vit_tiny_patch16_224", f"{BOTTOM_UP}.pretrained=False"],
     "vit": [f"{BOTTOM_UP}.model_name=test_vit", f"{BOTTOM_UP}.pretrained=False"],
     "": [f"{BOTTOM_UP}.model_name=test_resnet", f"{BOTTOM_UP}.pretrained=False"],
 }
 
 CONFIGS = [name for name in list_configs() if not name.startswith("detrex/")]  # they need detrex
-DETRS = [name for name in CONFIGS if any(w in name for w in ("detr", "dino", "mask2former"))]
+DETRS = [
+    name for name in CONFIGS if any(w in name for w in ("detr", "dino", "mask2former", "eomt"))
+]
 PYRAMIDS = [
     name for name in CONFIGS if ("timm_r50" in name or "finetune" in name) and name not in DETRS
 ]
@@ -144,7 +148,8 @@ def load(tiny, datasets, tmp_path):
                 resize.short_edge_length, crop.crop_size = [64, 80], (48, 64)
         if "config_kwargs" in cfg.model:
             cfg.model.num_queries = 20
-            cfg.model.config_kwargs.decoder_layers = 2
+            blocks = "num_blocks" if cfg.model.get("architecture") == "eomt" else "decoder_layers"
+            cfg.model.config_kwargs[blocks] = 2
         if "task" in cfg.model:
             cfg.model.config_kwargs.train_num_points = 100
         if "dataset" in cfg:
@@ -204,12 +209,12 @@ def test_every_config_trains_and_evaluates(load, tmp_path, name):
     parts = {".".join(k.split(".")[:2]) for k in trainable}
     backbone = cfg.model.backbone.get("bottom_up", cfg.model.backbone)
     learns = {"backbone.bottom_up", "backbone.net", "backbone.model"} & parts
-    assert bool(learns) == (backbone.freeze_at < 5)
+    assert bool(learns) == (backbone.get("freeze_at", 0) < 5)
     for part in parts:  # the backbone, the pyramid's convolutions, each head
         keys = [k for k in trainable if k.startswith(part)]
         assert any(not torch.equal(before[k], after[k]) for k in keys), part
     frozen = [k for k, p in model.named_parameters() if not p.requires_grad]
-    assert frozen or backbone.freeze_at == 0
+    assert frozen or backbone.get("freeze_at", 0) == 0
     assert all(torch.equal(before[k], after[k]) for k in frozen)
 
 

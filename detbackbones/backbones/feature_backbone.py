@@ -293,6 +293,11 @@ class FeatureBackbone(Backbone):
         return self._sizes.probe
 
     @property
+    def is_compiled(self) -> bool:
+        """Whether the model runs through ``torch.compile``."""
+        return self.extractor._compiled_call_impl is not None
+
+    @property
     def resampled(self) -> list[str]:
         """Levels whose own grid is no whole fraction of the image, and is resampled to one."""
         return [name for name, (_, level) in self._levels.items() if level.resampled]

@@ -30,6 +30,7 @@ class Architecture:
         loss_weights: prefixes of the names of losses to the attributes of the configuration with
             their weights (a number is one itself), where the losses come without.
         masks: it has a model that gives masks, too.
+        encoder_only: it has a plain ViT's blocks in it, and no levels.
         counts_alone: prefixes of the names of losses that each process divides by its own number of
             boxes, in transformers without accelerate.
     """
@@ -45,6 +46,7 @@ class Architecture:
     padded_boxes: bool = False
     loss_weights: tuple[tuple[str, str | float], ...] = ()
     masks: bool = False
+    encoder_only: bool = False
     counts_alone: tuple[str, ...] = ()
 
 
@@ -107,6 +109,7 @@ SEGMENTERS = {
     "mask2former": Architecture(
         (4, 8, 16, 32), pyramid=True, slot="model.pixel_level_module.encoder", no_object=True
     ),
+    "eomt": Architecture((), no_object=True, encoder_only=True),
 }
 EVERY = ARCHITECTURES | SEGMENTERS
 

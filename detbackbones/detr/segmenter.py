@@ -1,4 +1,4 @@
-"""TransformersSegmenter: Mask2Former of transformers as a detectron2 meta-architecture."""
+"""TransformersSegmenter: Mask2Former and EoMT of transformers as a detectron2 meta-architecture."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -21,7 +21,7 @@ TASKS = ("instance", "semantic", "panoptic")
 
 
 class TransformersSegmenter(NormalizesImages):
-    """Mask2Former, https://arxiv.org/abs/2112.01527, on any backbone.
+    """Mask2Former, https://arxiv.org/abs/2112.01527, on any backbone, or EoMT on a plain ViT.
 
     Its state dict has the backbone under ``backbone.`` and the rest of the model under ``model.``.
     """
@@ -50,13 +50,14 @@ class TransformersSegmenter(NormalizesImages):
             num_classes: classes, without background.
             task: "instance", "semantic" or "panoptic": what is learned and given.
             num_things: in "panoptic" the first so many classes are things, the rest is stuff.
-            architecture: "mask2former".
-            num_queries: an image cannot have more masks; None is for 100.
-            in_features: the levels to use, by default those of strides 4, 8, 16 and 32. The masks
-                have the stride of the first, the encoder takes the last three.
+            architecture: "mask2former", or "eomt", see :mod:`detbackbones.detr.eomt`.
+            num_queries: an image cannot have more masks; None is for 100, of EoMT 200.
+            in_features: of Mask2Former the levels to use, by default those of strides 4, 8, 16 and
+                32. The masks have the stride of the first, the encoder takes the last three.
             config_kwargs: attributes of transformers' configuration: ``{"decoder_layers": 4}``.
-            grad_checkpointing: compute what is in the decoder's layers again in the backward pass
-                instead of keeping it. The backbone has one of its own.
+            grad_checkpointing: compute what is in the decoder's layers, of EoMT in the ViT's
+                blocks, again in the backward pass instead of keeping it. The backbone of
+                Mask2Former has one of its own.
             pixel_mean, pixel_std: of the images' channels, 0 to 255; None is for those that the
                 backbone's weights were trained with.
             test_topk_per_image: instances to keep for an image.
@@ -96,19 +97,28 @@ class TransformersSegmenter(NormalizesImages):
         import_transformers()
         from .point_loss import PointLoss  # which needs transformers
 
-        names = choose_levels(architecture, backbone, in_features)
-        shapes = [backbone.output_shape()[name] for name in names]
-        config = build_config(architecture, shapes, num_classes, num_queries, config_kwargs)
+        wanted = SEGMENTERS[architecture]
+        if wanted.encoder_only and in_features is not None:
+            raise ValueError(
+                f"in_features={in_features} must be left out with architecture={architecture!r}"
+            )
+        if wanted.encoder_only:
+            from .eomt import build_eomt  # which needs transformers
 
-        self.size_divisibility = shapes[-1].stride
+            self.model = build_eomt(backbone, num_classes, num_queries, config_kwargs)
+            self.model.grad_checkpointing = grad_checkpointing
+        else:
+            names = choose_levels(architecture, backbone, in_features)
+            shapes = [backbone.output_shape()[name] for name in names]
+            config = build_config(architecture, shapes, num_classes, num_queries, config_kwargs)
+            self.size_divisibility = shapes[-1].stride
+            self.model = build_model(config, backbone, names)
+            if grad_checkpointing:
+                checkpoint_layers(self.model)
+        self.model.criterion = PointLoss(self.model.config, self.model.weight_dict)
         self.task, self.num_classes, self.num_things = task, num_classes, num_things
-        self.in_features = names
         self.test_topk_per_image = test_topk_per_image
         self.object_score_thresh, self.overlap_thresh = object_score_thresh, overlap_thresh
-        self.model = build_model(config, backbone, names)
-        if grad_checkpointing:
-            checkpoint_layers(self.model)
-        self.model.criterion = PointLoss(config, self.model.weight_dict)
 
     def forward(self, batched_inputs: list[dict[str, Any]]) -> Any:
         """

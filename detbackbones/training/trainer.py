@@ -48,6 +48,8 @@ class Trainer(SimpleTrainer):
     Attributes:
         average: the moving average of the weights, or None.
         copy: of a divided model, a whole one that is evaluated, or None.
+        annealed: modules of the model with a method ``anneal``, which is told before each step how
+            much of the training has passed, from 0 to 1.
     """
 
     def __init__(
@@ -97,6 +99,7 @@ class Trainer(SimpleTrainer):
         self.clip_grad = clip_grad
         self.accumulation_steps = accumulation_steps
         self.copy = copy
+        self.annealed = [m for m in self.bare_model.modules() if hasattr(m, "anneal")]
         self.average = None
         if ema_decay is not None:
             self.average = ModelEmaV3(self.bare_model, ema_decay, use_warmup=True)
@@ -141,6 +144,8 @@ class Trainer(SimpleTrainer):
         data_time = time.perf_counter() - start
 
         seed_step(self.seed, self.rank, self.iter)
+        for module in self.annealed:
+            module.anneal(self.iter / self.max_iter)
         self.optimizer.zero_grad()
         losses = self._accumulate(data)
         if self.clip_grad is not None:

@@ -10,8 +10,8 @@ from detbackbones import (
     build_pyramid,
 )
 from detbackbones.detr.point_loss import read_bits
-from detectron2.structures import BitMasks, Instances, PolygonMasks
-from support import assert_checkpoints
+from detectron2.structures import PolygonMasks
+from support import assert_checkpoints, mask_batch, without_gradient
 from transformers import Mask2FormerForUniversalSegmentation
 from transformers.models.mask2former.modeling_mask2former import sample_point
 
@@ -26,36 +26,6 @@ def segmenter(backbone="test_resnet", seed=0, **kwargs):
         backbone = TimmBackbone(backbone, norm="FrozenBN")
     kwargs = {"num_classes": 3, "num_queries": 20, "config_kwargs": SMALL} | kwargs
     return TransformersSegmenter(backbone=backbone, **kwargs)
-
-
-def batch(*sizes, masks=2, seed=0):
-    """Images of (height, width) with rectangles, as a detectron2 mapper gives them."""
-    generator = torch.Generator().manual_seed(seed)
-    inputs = []
-    for height, width in sizes:
-        bits = torch.zeros(masks, height, width, dtype=torch.bool)
-        for i in range(masks):
-            bits[i, 8 * i + 4 : 40 + 3 * i, 9 + 5 * i : width - 7 * i - 3] = True
-        instances = Instances((height, width))
-        instances.gt_masks = BitMasks(bits)
-        instances.gt_classes = torch.arange(masks) % 3
-        image = torch.randint(0, 256, (3, height, width), generator=generator).byte()
-        label_map = torch.randint(0, 3, (height, width), generator=generator)
-        label_map[:5] = 255
-        inputs.append(
-            {
-                "image": image,
-                "instances": instances,
-                "sem_seg": label_map,
-                "height": height,
-                "width": width,
-            }
-        )
-    return inputs
-
-
-def without_gradient(model):
-    return [k for k, p in model.named_parameters() if p.requires_grad and p.grad is None]
 
 
 def test_bits_are_read_as_floats_are():
@@ -81,7 +51,7 @@ def test_the_losses_are_those_of_transformers():
     theirs = Mask2FormerForUniversalSegmentation(model.model.config)
     theirs.model.pixel_level_module.encoder = model.model.model.pixel_level_module.encoder
     theirs.load_state_dict(model.model.state_dict())
-    inputs = batch((96, 128), (80, 100))
+    inputs = mask_batch((96, 128), (80, 100))
     torch.manual_seed(1)
     losses = model(inputs)
 
@@ -104,7 +74,7 @@ def test_the_losses_are_those_of_transformers():
 @pytest.mark.parametrize("task", ["instance", "semantic", "panoptic"])
 def test_every_task_trains_every_parameter(task):
     model = segmenter(task=task, num_things=1 if task == "panoptic" else None)
-    inputs = batch((64, 96), (80, 90))
+    inputs = mask_batch((64, 96), (80, 90))
     for x in inputs:
         x["instances"].gt_classes[:] = 0
     sum(model(inputs).values()).backward()
@@ -114,10 +84,10 @@ def test_every_task_trains_every_parameter(task):
 @pytest.mark.parametrize("task", ["instance", "semantic"])
 def test_a_batch_without_a_mask(task):
     model = segmenter(task=task)
-    inputs = batch((64, 96), masks=0)
+    inputs = mask_batch((64, 96), masks=0)
     inputs[0]["sem_seg"][:] = 255
     losses = model(inputs)
-    assert losses.keys() == segmenter(task=task)(batch((64, 96))).keys()
+    assert losses.keys() == segmenter(task=task)(mask_batch((64, 96))).keys()
     assert all(loss.isfinite() for loss in losses.values())
     sum(losses.values()).backward()
     assert without_gradient(model) == []
@@ -125,7 +95,7 @@ def test_a_batch_without_a_mask(task):
 
 def test_grad_checkpointing_gives_the_same_gradients():
     wide = SMALL | {"decoder_layers": 6, "dim_feedforward": 512}
-    assert_checkpoints(lambda on: segmenter(grad_checkpointing=on, config_kwargs=wide), batch)
+    assert_checkpoints(lambda on: segmenter(grad_checkpointing=on, config_kwargs=wide), mask_batch)
 
 
 BACKBONES = {
@@ -139,16 +109,16 @@ BACKBONES = {
 @pytest.mark.parametrize("name", BACKBONES)
 def test_any_backbone(name):
     model = segmenter(BACKBONES[name]())
-    sum(model(batch((64, 90))).values()).backward()
+    sum(model(mask_batch((64, 90))).values()).backward()
     assert without_gradient(model) == []
     with torch.no_grad():
-        (found,) = model.eval()(batch((64, 90)))
+        (found,) = model.eval()(mask_batch((64, 90)))
     assert found["instances"].pred_masks.shape[1:] == (64, 90)
 
 
 def test_polygons_and_bits_are_the_same_truth():
     model = segmenter()
-    (image,) = batch((64, 96), masks=1)
+    (image,) = mask_batch((64, 96), masks=1)
     corners = [9.0, 4.0, 93.0, 4.0, 93.0, 40.0, 9.0, 40.0]
     classes, bits = model.prepare_targets(image, (64, 96))
     image["instances"].gt_masks = PolygonMasks([[np.array(corners)]])
@@ -160,7 +130,7 @@ def test_polygons_and_bits_are_the_same_truth():
 
 def test_label_maps_become_masks():
     """Ignored pixels are in none. In panoptic maps 0 stands for things, which are instances."""
-    (image,) = batch((64, 96))
+    (image,) = mask_batch((64, 96))
     image["sem_seg"][5:] = 0
     image["sem_seg"][20:, 30:] = 2
     classes, bits = segmenter(task="semantic").prepare_targets(image, (64, 96))
@@ -234,7 +204,7 @@ def test_segments_do_not_overlap():
 
 def test_what_is_beside_an_image_does_not_change_its_masks():
     model = segmenter(task="semantic").eval()
-    small, large, same = batch((90, 120), (160, 224), (96, 128))
+    small, large, same = mask_batch((90, 120), (160, 224), (96, 128))
     with torch.no_grad():
         alone = model([small])[0]["sem_seg"]
         together = model([large, small, same])[1]["sem_seg"]
@@ -244,7 +214,7 @@ def test_what_is_beside_an_image_does_not_change_its_masks():
 
 def test_masks_are_in_the_original_image():
     model = segmenter().eval()
-    (image,) = batch((64, 96))
+    (image,) = mask_batch((64, 96))
     with torch.no_grad():
         first = model([image])[0]["instances"]
         twice = model([{**image, "height": 128, "width": 192}])[0]["instances"]
@@ -257,11 +227,11 @@ def test_mixed_precision():
     """The masks are matched, and the maps of classes made, as without."""
     model = segmenter(task="semantic")
     with torch.autocast("cpu", torch.bfloat16):
-        losses = model(batch((64, 96)))
+        losses = model(mask_batch((64, 96)))
     sum(losses.values()).backward()
     assert all(loss.isfinite() and loss.dtype == torch.float32 for loss in losses.values())
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        assert model.eval()(batch((64, 96)))[0]["sem_seg"].dtype == torch.float32
+        assert model.eval()(mask_batch((64, 96)))[0]["sem_seg"].dtype == torch.float32
 
     generator = torch.Generator().manual_seed(0)
     predictions = torch.randn(1, 20, 16, 24, generator=generator), torch.randn(1, 20, 4)
@@ -312,7 +282,7 @@ def test_wrong_arguments_are_refused_in_a_sentence(kwargs, sentence):
 
 @pytest.mark.parametrize("task", ["instance", "semantic"])
 def test_a_class_that_is_none_is_refused(task):
-    (image,) = batch((64, 96))
+    (image,) = mask_batch((64, 96))
     image["instances"].gt_classes[1] = 3
     image["sem_seg"] = torch.full((64, 96), 3)
     with pytest.raises(ValueError, match="class 3 must be from 0 to 2, for num_classes=3"):
@@ -328,7 +298,7 @@ def test_it_starts_with_weights_that_learn(layer):
 
 
 def test_boxes_alone_are_refused():
-    (image,) = batch((64, 96))
+    (image,) = mask_batch((64, 96))
     image["instances"].remove("gt_masks")
     with pytest.raises(ValueError, match="masks cannot be learned: an image has boxes alone"):
         segmenter()([image])

@@ -305,3 +305,13 @@ def test_parts_of_a_batch_are_shared_between_processes_once(tmp_path):
         torch.testing.assert_close(shared[1], shared[0])
     finally:
         torch.distributed.destroy_process_group()
+
+
+def test_a_module_is_told_how_much_has_passed():
+    class Annealed(Net):
+        def anneal(self, progress):
+            self.told = [*getattr(self, "told", []), progress]
+
+    trainer = make(Annealed())
+    trainer.train(2, 5)
+    assert trainer.model.told == [2 / 5, 3 / 5, 4 / 5]

@@ -1,0 +1,9 @@
+"""EoMT for classes of pixels, DINOv2-L, COCO's stuff (all things are one class)."""
+
+from ..common.coco_stuff import dataloader
+from ..common.eomt_recipe import augmentations, lr_multiplier, optimizer, train  # noqa: F401
+from ..common.models.eomt import model
+
+model.update(task="semantic", num_classes=54)
+dataloader.train.mapper.augmentations = augmentations
+del augmentations  # or it would be a part of the config
