@@ -21,6 +21,7 @@ COMMANDS = {
     "share": "write a trained detector to a folder for the Hugging Face hub",
     "list": "list backbones with their size, levels and weights",
     "layers": "find the modules of a model that can be levels",
+    "distill": "teach a backbone to give the feature maps of another",
     "probe": "compare frozen backbones by a head for semantic segmentation",
     "backbone": "save a detector's backbone for timm or torchvision",
     "conformance": "check that models work as backbones",

@@ -10,7 +10,7 @@ from matplotlib.ticker import MaxNLocator
 
 from .progress import main_losses
 
-METRICS = r"(bbox|segm|keypoints)/AP(50)?$|sem_seg/mIoU$|panoptic_seg/PQ$"
+METRICS = r"(bbox|segm|keypoints)/AP(50)?$|sem_seg/mIoU$|panoptic_seg/PQ$|similarity/cosine$"
 
 
 def draw_curves(metrics_file: str | Path, path: str | Path) -> Path:
