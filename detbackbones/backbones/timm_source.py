@@ -4,7 +4,7 @@ import inspect
 import logging
 import sys
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, redirect_stdout
 from fnmatch import fnmatch
 from functools import cached_property
 from typing import Any
@@ -235,7 +235,8 @@ class TimmSource(Source):
         module = sys.modules[type(self.model).__module__]
         if hasattr(module, "checkpoint_filter_fn"):
             try:
-                state = module.checkpoint_filter_fn(dict(state), self.model)
+                with redirect_stdout(None):  # the filter of Eva prints what it passes over
+                    state = module.checkpoint_filter_fn(dict(state), self.model)
             except Exception:  # it knows no such format; what is missing is said by who loads it
                 logger.debug("timm's filter for %s failed", self.model_name, exc_info=True)
         state = {k: v for k, v in state.items() if isinstance(v, torch.Tensor) and not v.is_meta}
