@@ -9,11 +9,13 @@ from detectron2.utils import comm
 from omegaconf import DictConfig
 from torch import nn
 
+from ..backbones.feature_backbone import FeatureBackbone
 from ..config import without_weights
 from ..data.evaluator import CocoEvaluator
 from ..messages import first_line, one_of
 from .agreement import check_channels, check_classes, check_fit, check_pixels
 from .checkpoint import Checkpointer, last_whole, load_init_checkpoint
+from .feature_cache import cache_features
 from .sharding import shard
 from .trainer import Trainer, seed_step
 
@@ -40,6 +42,9 @@ def build_trainer(cfg: DictConfig, *, loads_all: bool) -> Trainer:
     check_classes(cfg)
     # a model that is to be divided goes to the devices part by part
     model = build_model(cfg, loads_all=loads_all, device="cpu" if settings.fsdp else None)
+    if settings.feature_cache:
+        for backbone in [m for m in model.modules() if isinstance(m, FeatureBackbone)]:
+            cache_features(backbone, round(settings.feature_cache * 2**30))
     whole_model = None
     if settings.fsdp:
         whole_model = copy.deepcopy(model)

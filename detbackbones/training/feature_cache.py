@@ -1,4 +1,4 @@
-"""A cache of a frozen backbone's feature maps, for probes: heads that alone are trained on it."""
+"""A cache of a frozen backbone's feature maps, where heads alone are trained on it."""
 
 import hashlib
 import logging

@@ -7,6 +7,7 @@ import re
 
 import pytest
 import torch
+from detbackbones import FeatureBackbone
 from detbackbones.training import evaluate, train
 from detbackbones.training.log import logging_to
 from detbackbones.training.run import check_config
@@ -81,3 +82,34 @@ def test_each_log_has_its_own_file(tmp_path, capsys):
         "this is a",
         "this is b",
     ]
+
+
+def test_cached_features_train_as_computed_ones_do(cfg, tmp_path, monkeypatch):
+    """Of a frozen backbone: the same losses and metrics, and each image is computed once."""
+    cfg.model.backbone.bottom_up.freeze_at = 5
+    cfg.train.max_iter = 6
+    computed = []
+    forward = FeatureBackbone.forward
+
+    def counted(self, x):
+        computed.append(len(x))
+        return forward(self, x)
+
+    monkeypatch.setattr(FeatureBackbone, "forward", counted)
+    results, counts = [], []
+    for size in (0, 0.5):
+        cfg.train.update(feature_cache=size, output_dir=str(tmp_path / f"cache_{size}"))
+        computed.clear()
+        results.append(train(cfg)["bbox"])
+        counts.append(sum(computed))
+    assert results[0] == pytest.approx(results[1], nan_ok=True)
+    assert counts[1] < counts[0]
+    losses = [
+        [json.loads(line).get("total_loss") for line in file.read_text().splitlines()]
+        for file in sorted(tmp_path.glob("cache_*/metrics.json"))
+    ]
+    assert losses[0] == pytest.approx(losses[1])
+    cfg.model.backbone.bottom_up.freeze_at = 2
+    cfg.train.output_dir = str(tmp_path / "learns")
+    with pytest.raises(ValueError, match="backbone must have freeze_at=5 for its feature maps"):
+        train(cfg)
