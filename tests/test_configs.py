@@ -39,6 +39,11 @@ TINY = {
         f"{BOTTOM_UP}.model_kwargs.depths=[1, 1, 1, 1]",
         f"{BOTTOM_UP}.model_kwargs.num_heads=[1, 2, 2, 2]",
     ],
+    "adapter": [
+        f"{BOTTOM_UP}.net.model_name=test_vit",
+        f"{BOTTOM_UP}.net.pretrained=False",
+        f"{BOTTOM_UP}.net.patch_size=null",
+    ],
     "eomt": [f"{BOTTOM_UP}.model_name=vit_tiny_patch16_224", f"{BOTTOM_UP}.pretrained=False"],
     "dinov2": [f"{BOTTOM_UP}.model_name=vit_tiny_patch16_224", f"{BOTTOM_UP}.pretrained=False"],
     "vit": [f"{BOTTOM_UP}.model_name=test_vit", f"{BOTTOM_UP}.pretrained=False"],
@@ -209,6 +214,7 @@ def test_every_config_trains_and_evaluates(load, tmp_path, name):
     after = dict(model.named_parameters())
     parts = {".".join(k.split(".")[:2]) for k in trainable}
     backbone = cfg.model.backbone.get("bottom_up", cfg.model.backbone)
+    backbone = backbone.get("net", backbone)
     learns = {"backbone.bottom_up", "backbone.net", "backbone.model"} & parts
     assert bool(learns) == (backbone.get("freeze_at", 0) < 5)
     for part in parts:  # the backbone, the pyramid's convolutions, each head

@@ -11,7 +11,7 @@ train.update(
     accumulation_steps=1,  # parts that a batch goes through the model in, to need less memory
     model_ema=dict(enabled=False, decay=0.9998),  # what is evaluated: an average of the weights
     fsdp=False,  # divide weights, gradients and moments among the processes, to need less memory
-    feature_cache=0,  # GiB for the maps of a frozen backbone, each image's once
+    feature_cache=0,  # GiB of the device for maps of a frozen backbone, each computed once
     best_metric=None,  # of model_best.pth, such as "bbox/AP50"; by default the evaluator's first
     patience=None,  # evaluations without a better one, after which the training ends
     trackers=[],  # "wandb", "mlflow"

@@ -14,6 +14,7 @@ dataset = dict(
     channels=3,
     max_value=None,  # what becomes 255, of images of more than 8 bits
     verify=False,
+    train_sizes=[224, 288, 352, 448],  # length of an image's shorter side in pixels
     size=224,  # of the crops that are learned from, in pixels
 )
 model = L(FeatureDistiller)(
@@ -33,14 +34,10 @@ for part, loader in (("train", dataloader.train), ("val", dataloader.test)):
 del part, loader  # or they would be parts of the config
 dataloader.train.mapper.augmentations = [
     L(T.RandomFlip)(horizontal=True),
-    L(T.ResizeScale)(
-        min_scale=0.8,
-        max_scale=2.0,
-        target_height="${dataset.size}",
-        target_width="${dataset.size}",
+    L(T.ResizeShortestEdge)(
+        short_edge_length="${dataset.train_sizes}", max_size=1000000, sample_style="choice"
     ),
     L(T.RandomCrop)(crop_type="absolute", crop_size=["${dataset.size}", "${dataset.size}"]),
-    L(T.FixedSizeCrop)(crop_size=["${dataset.size}", "${dataset.size}"]),
 ]
 dataloader.test.mapper.augmentations[0].update(
     short_edge_length="${dataset.size}", max_size=1000000

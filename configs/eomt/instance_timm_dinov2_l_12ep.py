@@ -6,4 +6,5 @@ from ..common.models.eomt import model  # noqa: F401
 
 dataloader.train.mapper.update(augmentations=augmentations, instance_mask_format="bitmask")
 dataloader.evaluator.tasks = ["bbox", "segm"]  # also while nothing is found
+dataloader.test.mapper.augmentations[0].update(short_edge_length=640, max_size=640)
 del augmentations  # or it would be a part of the config

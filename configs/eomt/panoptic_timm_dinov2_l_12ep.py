@@ -9,4 +9,5 @@ from ..common.models.eomt import model
 
 model.update(task="panoptic", num_classes=133, num_things=80)
 dataloader.train.mapper.update(augmentations=augmentations, instance_mask_format="bitmask")
+dataloader.test.mapper.augmentations[0].update(short_edge_length=640, max_size=640)
 del augmentations  # or it would be a part of the config

@@ -293,6 +293,11 @@ class FeatureBackbone(Backbone):
         return self._sizes.probe
 
     @property
+    def grad_checkpointing(self) -> bool:
+        """Whether maps are computed again in the backward pass."""
+        return self._checkpoints is not None
+
+    @property
     def is_compiled(self) -> bool:
         """Whether the model runs through ``torch.compile``."""
         return self.extractor._compiled_call_impl is not None

@@ -2,11 +2,13 @@ r"""Teach a backbone to give the feature maps of another, from images alone.
 
     detbackbones distill tf_efficientnet_lite0 vit_tiny_patch16_224 images --output output/vit
     detbackbones train --data FOLDER model.backbone.bottom_up.model_name=vit_tiny_patch16_224 \
+        model.backbone.bottom_up.final_norm=True \
         model.backbone.bottom_up.checkpoint_path=output/vit/student.safetensors
 
 Both are names of timm; the teacher has its pretrained weights. The images are a folder, a pattern,
-or a text file of paths; each tenth is for validation, where the similarity of the maps is told. The
-output folder gets student.safetensors, with timm's names, and what `detbackbones train` writes.
+or a text file of paths; each tenth is for validation, where the similarity of the maps is told. A
+ViT gives and learns its maps through the norm behind its last block, where it has one (final_norm).
+The output folder gets student.safetensors, with timm's names, and what `detbackbones train` writes.
 key=value words override configs/distill/features.py: train.max_iter=5000 dataset.size=320.
 """
 
@@ -37,10 +39,10 @@ def work(command: str, cfg: DictConfig, resume: bool) -> None:
         print(f"wrote {folder / STUDENT}")
 
 
-def _has_norm(student: str) -> bool:
+def _has_norm(model_name: str) -> bool:
     """Whether there is a norm behind the last block, that a pretrained ViT has learned through."""
     try:
-        TimmSource(student, final_norm=True)
+        TimmSource(model_name, final_norm=True)
     except ValueError:  # other mistakes are found later
         return False
     return True
@@ -62,9 +64,10 @@ def main(words: Sequence[str] | None = None) -> None:
     args.opts = [
         f"model.teacher.model_name={args.teacher}",
         f"model.backbone.model_name={args.student}",
+        f"model.teacher.final_norm={_has_norm(args.teacher)}",
         f"model.backbone.final_norm={_has_norm(args.student)}",
-        f"dataset.images='{args.images}'",
-        f"train.output_dir='{args.output}'",
+        f"dataset.images={args.images}",
+        f"train.output_dir={args.output}",
         *args.opts,
     ]
 

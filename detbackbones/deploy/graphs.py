@@ -143,7 +143,8 @@ class QueriesGraph(Graph):
 
 
 class MasksGraph(Graph):
-    """The objects in one image, or the ``sem_seg`` scores of its pixels, by Mask2Former.
+    """The objects in one image, or the ``sem_seg`` scores of its pixels, by Mask2Former
+    or EoMT.
 
     ``masks`` (n, H, W) are bits, and ``boxes``, ``scores`` and ``classes`` are as of others.
     """

@@ -70,7 +70,8 @@ def build_eomt(
         )
     except Exception as error:  # huggingface_hub's validation has errors of its own
         reason = str(error.__cause__ or error).strip().splitlines()[-1].strip()
-        raise ValueError(f"config_kwargs={kwargs} are refused: {reason}") from error
+        given = plain_dict(config_kwargs)
+        raise ValueError(f"config_kwargs={given} are refused: {reason}") from error
     if not 1 <= config.num_blocks <= len(vit.blocks):
         raise ValueError(
             f"config_kwargs: num_blocks={config.num_blocks} must be from 1 to {len(vit.blocks)}, "
@@ -95,6 +96,14 @@ def _checked(backbone: Backbone) -> nn.Module:
         raise ValueError(
             "architecture='eomt' needs a TimmBackbone of a plain ViT, timm's VisionTransformer or "
             f"Eva, and the backbone is {name}"
+        )
+    if not backbone.indices:
+        raise ValueError("layers must be left out with architecture='eomt': it takes whole blocks")
+    if backbone.img_size:
+        raise ValueError(
+            f"architecture='eomt' needs a ViT that takes images of more than one size, and "
+            f"{backbone.model_name} takes those of {backbone.img_size} pixels alone: give an "
+            f"img_size that is a multiple of its patches"
         )
     if backbone.source.attention_windows:
         raise ValueError(
@@ -133,6 +142,8 @@ class Eomt(EomtForUniversalSegmentation):
             self._norm = [vit.norm]
             del self.layernorm
         self.grad_checkpointing = False
+        self._parts = [1.0] * config.num_blocks
+        self.register_load_state_dict_post_hook(lambda module, _: module._note_parts())
 
     def forward(
         self, pixel_values: torch.Tensor, output_auxiliary_logits: bool | None = None
@@ -202,8 +213,17 @@ class Eomt(EomtForUniversalSegmentation):
 
         In an evaluation, which is to give the same each time, it is all or none.
         """
-        part = float(self.attn_mask_probs[number])
+        part = self._parts[number]
         return part if self.training else float(part >= 0.5)
+
+    def _note_parts(self) -> None:
+        """Keep ``attn_mask_probs`` as numbers: no GPU is waited for, and nothing is traced."""
+        self._parts = self.attn_mask_probs.tolist()
+
+    def train(self, mode: bool = True) -> "Eomt":
+        """Set the mode; what an average has made of ``attn_mask_probs`` is seen, too."""
+        self._note_parts()
+        return super().train(mode)
 
     def _attention_mask(
         self, masks: torch.Tensor, grid: tuple[int, int], part: float
@@ -238,6 +258,7 @@ class Eomt(EomtForUniversalSegmentation):
         for i in range(count):
             passed = progress * (count + 2) - (i + 1)
             self.attn_mask_probs[i] = (1 - min(max(passed, 0.0), 1.0)) ** 0.9
+        self._note_parts()
 
 
 def _embed(vit: nn.Module, images: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor | None]]:

@@ -56,8 +56,8 @@ class TransformersSegmenter(NormalizesImages):
                 32. The masks have the stride of the first, the encoder takes the last three.
             config_kwargs: attributes of transformers' configuration: ``{"decoder_layers": 4}``.
             grad_checkpointing: compute what is in the decoder's layers, of EoMT in the ViT's
-                blocks, again in the backward pass instead of keeping it. The backbone of
-                Mask2Former has one of its own.
+                blocks, again in the backward pass instead of keeping it. The backbone has
+                one of its own, which is the same for EoMT.
             pixel_mean, pixel_std: of the images' channels, 0 to 255; None is for those that the
                 backbone's weights were trained with.
             test_topk_per_image: instances to keep for an image.
@@ -106,7 +106,7 @@ class TransformersSegmenter(NormalizesImages):
             from .eomt import build_eomt  # which needs transformers
 
             self.model = build_eomt(backbone, num_classes, num_queries, config_kwargs)
-            self.model.grad_checkpointing = grad_checkpointing
+            self.model.grad_checkpointing = grad_checkpointing or backbone.grad_checkpointing
         else:
             names = choose_levels(architecture, backbone, in_features)
             shapes = [backbone.output_shape()[name] for name in names]

@@ -43,8 +43,7 @@ def build_trainer(cfg: DictConfig, *, loads_all: bool) -> Trainer:
     # a model that is to be divided goes to the devices part by part
     model = build_model(cfg, loads_all=loads_all, device="cpu" if settings.fsdp else None)
     if settings.feature_cache:
-        for backbone in [m for m in model.modules() if isinstance(m, FeatureBackbone)]:
-            cache_features(backbone, round(settings.feature_cache * 2**30))
+        _cache(cfg, model)
     whole_model = None
     if settings.fsdp:
         whole_model = copy.deepcopy(model)
@@ -68,6 +67,25 @@ def build_trainer(cfg: DictConfig, *, loads_all: bool) -> Trainer:
         ema_decay=settings.model_ema.decay if settings.model_ema.enabled else None,
         copy=whole_model,
     )
+
+
+def _cache(cfg: DictConfig, model: nn.Module) -> None:
+    """Let the backbones of a model remember the maps that they have computed in training.
+
+    Raises:
+        ValueError: if there is none whose maps can be kept.
+    """
+    size = cfg.train.feature_cache
+    if cfg.model.get("architecture") == "eomt":
+        raise ValueError(
+            f"train.feature_cache={size} must be 0 with architecture='eomt', whose queries are in "
+            "the blocks of the backbone"
+        )
+    backbones = [m for m in model.modules() if isinstance(m, FeatureBackbone)]
+    if not backbones:
+        raise ValueError(f"train.feature_cache={size} must be 0: the model has no FeatureBackbone")
+    for backbone in backbones:
+        cache_features(backbone, round(size * 2**30))
 
 
 def build_model(cfg: DictConfig, *, loads_all: bool, device: str | None = None) -> nn.Module:

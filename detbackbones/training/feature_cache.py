@@ -2,7 +2,6 @@
 
 import hashlib
 import logging
-from collections.abc import Callable
 
 import torch
 
@@ -15,7 +14,8 @@ def cache_features(backbone: FeatureBackbone, max_bytes: int) -> None:
     """Let a frozen backbone remember the feature maps of the images that it has seen.
 
     An image is known by its pixels, so augmentation and padding may be what they are: the maps of
-    each different image are computed once, until the memory is full.
+    each different image are computed once, until the memory is full. In evaluations nothing is
+    kept.
 
     Args:
         backbone: changed in place; nothing in it learns, ``freeze_at=5``.
@@ -30,18 +30,21 @@ def cache_features(backbone: FeatureBackbone, max_bytes: int) -> None:
             "backbone must have freeze_at=5 for its feature maps to be cached: it has "
             f"{len(trainable)} parameters that learn ({trainable[0]}, ...)"
         )
-    backbone.forward = _Cache(backbone.forward, max_bytes)
+    backbone.forward = _Cache(backbone, max_bytes)
 
 
 class _Cache:
     """A backbone's forward that looks each image up before it computes."""
 
-    def __init__(self, forward: Callable[[torch.Tensor], dict], max_bytes: int):
-        self._forward, self._left = forward, max_bytes
+    def __init__(self, backbone: FeatureBackbone, max_bytes: int):
+        self._backbone, self._forward = backbone, backbone.forward
+        self._left = max_bytes
         self._maps: dict[bytes, dict[str, torch.Tensor]] = {}
 
     @torch.no_grad()
     def __call__(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        if not self._backbone.training:
+            return self._forward(x)
         keys = [_key(image) for image in x]
         new = {key: i for i, key in enumerate(keys) if key not in self._maps}
         found = {key: self._maps[key] for key in keys if key in self._maps}

@@ -45,6 +45,7 @@ def find_batch(cfg: DictConfig, *, memory: float | None = None) -> int:
             does not hold one image.
     """
     cfg = check_config(cfg)
+    cfg.train.feature_cache = 0  # what is tried is one image, many times
     trainer = build_trainer(cfg, loads_all=False)
     load_weights(cfg, Checkpointer(trainer.bare_model, save_to_disk=False), None)
     gpu = cfg.train.device == "cuda"

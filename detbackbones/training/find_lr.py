@@ -67,6 +67,7 @@ def find_lr(
     factor = lowest / cfg.optimizer.lr
     schedule = ExponentialParamScheduler(factor, highest / lowest)
     watching = _Watch()
+    trainer.annealed = []  # the loss is to change with the rate alone
     trainer.register_hooks([LRScheduler(scheduler=schedule), watching])
     try:
         trainer.train(0, steps)

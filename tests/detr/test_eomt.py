@@ -6,6 +6,7 @@ import pytest
 import torch
 from detbackbones import TimmBackbone, TransformersSegmenter
 from support import assert_checkpoints, assert_close, mask_batch, without_gradient
+from timm.utils import ModelEmaV3
 from transformers import (
     EomtConfig,
     EomtDinov3Config,
@@ -89,6 +90,13 @@ def eomt_dinov3():
     return EomtDinov3ForUniversalSegmentation(config), ours, OF_DINOV3
 
 
+def mask(part, theirs, ours):
+    """Let a part of the queries attend to their masks alone, in all blocks."""
+    state = {"attn_mask_probs": torch.full((2,), part)}
+    for model in (theirs, ours.model):
+        model.load_state_dict(state, strict=False)
+
+
 @pytest.mark.parametrize("build", [eomt, eomt_dinov3])
 @pytest.mark.parametrize("masked", [0.0, 1.0])
 def test_it_is_what_transformers_computes(build, masked):
@@ -101,8 +109,7 @@ def test_it_is_what_transformers_computes(build, masked):
     rest.pop("criterion.empty_weight")
     missing = ours.model.load_state_dict(rest, strict=False)
     assert missing.missing_keys == ["criterion.empty_weight"] and not missing.unexpected_keys
-    for model in (theirs, ours.model):
-        model.attn_mask_probs.fill_(masked)
+    mask(masked, theirs, ours)
     images = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
         expected = theirs(pixel_values=images)
@@ -118,12 +125,18 @@ def test_the_losses_are_those_of_transformers(part):
     vit, rest = to_timm(theirs.state_dict(), names)
     ours.backbone.model.load_state_dict(vit)
     ours.model.load_state_dict(rest)
-    for model in (theirs, ours.model):
-        model.attn_mask_probs.fill_(part)
+    mask(part, theirs, ours)
     inputs = mask_batch((64, 64), (64, 60))
+    images = ours.preprocess_image(inputs)
+    found = []
+    for model in (theirs.train(), ours.model):  # some of the queries are not masked, by chance
+        torch.manual_seed(1)
+        outputs = model(pixel_values=images.tensor)
+        found.append((outputs.class_queries_logits, outputs.masks_queries_logits))
+    for other, own in zip(*found):
+        assert_close(own, other)
     torch.manual_seed(1)
     losses = ours(inputs)
-    images = ours.preprocess_image(inputs)
     truth = [ours.prepare_targets(x, images.tensor.shape[-2:]) for x in inputs]
     torch.manual_seed(1)
     outputs = theirs.train()(
@@ -198,6 +211,46 @@ def test_grad_checkpointing_gives_the_same_gradients():
     assert_checkpoints(lambda on: segmenter(grad_checkpointing=on), mask_batch)
 
 
+def test_grad_checkpointing_of_the_backbone_is_the_same():
+    backbone = TimmBackbone("test_vit", grad_checkpointing=True)
+    assert segmenter(backbone).model.grad_checkpointing
+    assert not segmenter().model.grad_checkpointing
+
+
+def test_the_queries_that_are_masked():
+    model = segmenter().model
+    masks = torch.randn(2, 20, 16, 16)
+    patches = torch.nn.functional.interpolate(masks, size=(4, 4), mode="bilinear").flatten(2) > 0
+    torch.manual_seed(3)
+    free = torch.rand(2, 20) > 0.4
+    torch.manual_seed(3)
+    mask = model._attention_mask(masks, (4, 4), 0.4)
+    assert mask.shape == (2, 1, 37, 37) and 10 < free.sum() < 30
+    assert mask[:, :, :17].all() and mask[..., :1].all() and mask[..., 17:].all()
+    for image in range(2):
+        for query in range(20):
+            expected = patches[image, query] | free[image, query]
+            assert torch.equal(mask[image, 0, 17 + query, 1:17], expected)
+
+
+def test_an_average_of_the_weights_ends_its_masks_too():
+    model = segmenter()
+    average = ModelEmaV3(model, decay=0.5)
+    for progress in (0.5, 1.0, 1.0, 1.0):
+        model.model.anneal(progress)
+        average.update(model)
+    average.module.eval()
+    images = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        assert average.module.model(images).auxiliary_logits == []
+    state = model.state_dict()
+    assert not state["model.attn_mask_probs"].any()
+    fresh = segmenter().eval()
+    fresh.load_state_dict(state)
+    with torch.no_grad():
+        assert fresh.model(images).auxiliary_logits == []
+
+
 def test_masks_of_attention_end_block_after_block():
     model = segmenter().model
     model.anneal(0.0)
@@ -212,7 +265,7 @@ def test_masks_of_attention_end_block_after_block():
 
 def test_an_evaluation_gives_the_same_twice():
     model = segmenter().eval()
-    model.model.attn_mask_probs.fill_(0.6)
+    mask(0.6, model.model, model)
     images = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
         first, second = (model.model(images).masks_queries_logits for _ in range(2))
@@ -225,6 +278,15 @@ WRONG = {
         dict(vit=TimmBackbone("test_vit", window_size=4)),
         "window_size must be left out with architecture='eomt'",
     ),
+    "layers": (
+        dict(vit=TimmBackbone("test_vit", layers=["patch_embed.proj"])),
+        "layers must be left out",
+    ),
+    "one size": (
+        dict(vit=TimmBackbone("vit_small_patch14_dinov2", img_size=64, model_kwargs={"depth": 4})),
+        "needs a ViT that takes images of more than one size",
+    ),
+    "compiled": (dict(vit=TimmBackbone("test_vit", compile=True)), "compile=True of the backbone"),
     "levels": (dict(in_features=["res4"]), "in_features=.'res4'. must be left out"),
     "blocks": (dict(config_kwargs={"num_blocks": 5}), "num_blocks=5 must be from 1 to 4"),
     "unknown": (dict(config_kwargs={"num_block": 2}), "config_kwargs has 'num_block'"),

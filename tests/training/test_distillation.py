@@ -25,15 +25,17 @@ def batch(*sizes):
 
 def test_the_loss_is_of_standardised_maps():
     model = distiller()
-    assert model.pairs == dict.fromkeys(("res2", "res3", "res4", "res5"), "res4")
+    assert model.pairs == {f"res{n}": (f"res{n}", "res4") for n in range(2, 6)}
+    model.teacher_pixel_mean += torch.tensor([10.0, 20.0, 30.0])[:, None, None]
+    model.teacher_pixel_std *= torch.tensor([0.5, 1.0, 2.0])[:, None, None]
     inputs = batch((64, 96), (64, 96))
     losses = model(inputs)
     x = model.preprocess_image(inputs).tensor
     pixels = torch.stack([each["image"] for each in inputs]).float()
-    own = model.teacher
-    mean, std = (torch.tensor(value)[:, None, None] for value in (own.pixel_mean, own.pixel_std))
-    targets = own((pixels - mean) / std)
-    for (name, target), projection in zip(targets.items(), model.projections):
+    mean = 127.5 + torch.tensor([10.0, 20.0, 30.0])[:, None, None]
+    std = torch.tensor([63.75, 127.5, 255.0])[:, None, None]
+    targets = model.teacher((pixels - mean) / std)
+    for (name, target), projection in zip(targets.items(), model.projections.values()):
         mean, std = target.mean((0, 2, 3), True), target.var((0, 2, 3), False, True)
         target = (target - mean) / (std + 1e-5).sqrt()
         found = projection(model.backbone(x)["res4"])
@@ -48,7 +50,15 @@ def test_the_loss_is_of_standardised_maps():
 
 def test_a_level_learns_from_that_of_the_nearest_stride():
     model = distiller("test_convnext")
-    assert model.pairs == {f"res{n}": f"res{n}" for n in range(2, 6)}
+    assert model.pairs == {f"res{n}": (f"res{n}", f"res{n}") for n in range(2, 6)}
+
+
+def test_all_of_a_student_learns_from_a_teacher_of_one_level():
+    teacher = TimmBackbone("test_vit", freeze_at=5)
+    model = FeatureDistiller(backbone=TimmBackbone("test_resnet"), teacher=teacher)
+    sum(model(batch((64, 64), (64, 64))).values()).backward()
+    assert without_gradient(model) == []
+    assert len(model.pairs) == 4 and model.pairs["res4"] == ("res4", "res4")
 
 
 def test_an_evaluation_is_the_mean_cosine():
@@ -58,13 +68,24 @@ def test_an_evaluation_is_the_mean_cosine():
     evaluator = SimilarityEvaluator()
     evaluator.reset()
     model.eval()
+    inputs = batch((64, 64), (70, 90))
+    expected = dict.fromkeys(("res2", "res3", "res4", "res5"), 0.0)
     with torch.no_grad():
-        for inputs in (batch((64, 64)), batch((70, 90))):
-            evaluator.process(inputs, model(inputs))
+        evaluator.process(inputs, model(inputs))
+        for each in inputs:
+            x = model.preprocess_image([each]).tensor
+            for name, target in model.teacher(x).items():  # of the same mean and deviation
+                norm = model.standards[name]
+                mean, var = (v[:, None, None] for v in (norm.running_mean, norm.running_var))
+                target = (target - mean) / (var + norm.eps).sqrt()
+                found = model.projections[name](model.backbone(x)["res4"])
+                found = F.interpolate(found, size=target.shape[-2:], mode="bilinear")
+                cosine = (found * target).sum(1) / found.norm(dim=1) / target.norm(dim=1)
+                expected[name] += 50 * float(cosine.mean())
     metrics = evaluator.evaluate()["similarity"]
-    assert list(metrics) == ["cosine", *(f"cosine-res{n}" for n in range(2, 6))]
-    levels = [metrics[f"cosine-res{n}"] for n in range(2, 6)]
-    assert metrics["cosine"] == pytest.approx(sum(levels) / 4) and -100 <= min(levels) < 100
+    assert metrics.pop("cosine") == pytest.approx(sum(expected.values()) / 4, abs=1e-3)
+    expected = {f"cosine-{name}": value for name, value in expected.items()}
+    assert metrics == pytest.approx(expected, abs=1e-3)
 
 
 def test_a_teacher_does_not_learn():
@@ -90,10 +111,15 @@ def test_wrong_images(tiny, tmp_path):
 
 
 def test_the_program_writes_a_student_that_has_learned(tiny, tmp_path, capsys):
-    folder = tmp_path / "student"
+    folder = tmp_path / "one's student"
     words = ["test_resnet", "test_vit", tiny / "images" / "train", "--output", folder]
     words += ["model.teacher.pretrained=False", "train.max_iter=30", "train.eval_period=15"]
-    words += ["dataset.size=64", "train.device=cpu", "dataloader.train.total_batch_size=4"]
+    words += [
+        "dataset.size=64",
+        "dataset.train_sizes=[64,80]",
+        "train.device=cpu",
+        "dataloader.train.total_batch_size=4",
+    ]
     words += ["dataloader.train.num_workers=0", "dataloader.test.num_workers=0"]
     assert run_main(distill, *words, "train.log_period=1") == 0
     assert f"wrote {folder / 'student.safetensors'}" in capsys.readouterr().out

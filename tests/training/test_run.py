@@ -7,7 +7,7 @@ import re
 
 import pytest
 import torch
-from detbackbones import FeatureBackbone
+from detbackbones import FeatureBackbone, get_config
 from detbackbones.training import evaluate, train
 from detbackbones.training.log import logging_to
 from detbackbones.training.run import check_config
@@ -87,12 +87,13 @@ def test_each_log_has_its_own_file(tmp_path, capsys):
 def test_cached_features_train_as_computed_ones_do(cfg, tmp_path, monkeypatch):
     """Of a frozen backbone: the same losses and metrics, and each image is computed once."""
     cfg.model.backbone.bottom_up.freeze_at = 5
-    cfg.train.max_iter = 6
+    cfg.train.max_iter = 30
     computed = []
     forward = FeatureBackbone.forward
 
     def counted(self, x):
-        computed.append(len(x))
+        if self.training:
+            computed.extend(image.numpy().tobytes() for image in x)
         return forward(self, x)
 
     monkeypatch.setattr(FeatureBackbone, "forward", counted)
@@ -101,9 +102,9 @@ def test_cached_features_train_as_computed_ones_do(cfg, tmp_path, monkeypatch):
         cfg.train.update(feature_cache=size, output_dir=str(tmp_path / f"cache_{size}"))
         computed.clear()
         results.append(train(cfg)["bbox"])
-        counts.append(sum(computed))
+        counts.append((len(computed), len(set(computed))))
     assert results[0] == pytest.approx(results[1], nan_ok=True)
-    assert counts[1] < counts[0]
+    assert counts[0] == (60, counts[1][0]) and counts[1][0] == counts[1][1] < 60
     losses = [
         [json.loads(line).get("total_loss") for line in file.read_text().splitlines()]
         for file in sorted(tmp_path.glob("cache_*/metrics.json"))
@@ -112,4 +113,13 @@ def test_cached_features_train_as_computed_ones_do(cfg, tmp_path, monkeypatch):
     cfg.model.backbone.bottom_up.freeze_at = 2
     cfg.train.output_dir = str(tmp_path / "learns")
     with pytest.raises(ValueError, match="backbone must have freeze_at=5 for its feature maps"):
+        train(cfg)
+
+
+def test_what_no_cache_can_keep(cfg):
+    cfg.train.feature_cache = 1
+    eomt = get_config("finetune/eomt_instance.py")
+    cfg.model = eomt.model
+    cfg.model.backbone.update(model_name="test_vit", pretrained=False, freeze_at=5)
+    with pytest.raises(ValueError, match="train.feature_cache=1 must be 0 with .*'eomt'"):
         train(cfg)

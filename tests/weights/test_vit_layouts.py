@@ -6,7 +6,7 @@ import pytest
 import timm
 import torch
 from detbackbones import TimmBackbone
-from support import assert_close, images
+from support import ROOT, assert_close, images
 
 SMALL = {"depth": 2, "embed_dim": 48, "num_heads": 3}
 
@@ -86,3 +86,10 @@ def test_a_file_by_its_own_names(name, tmp_path, capsys):
         (found,) = backbone.eval()(x).values()
     assert_close(found, expected)
     assert capsys.readouterr().out == ""
+
+
+def test_the_licences_of_the_docs_are_those_that_timm_notes():
+    rows = re.findall(r"\| `(\S+)` \| (\S+) \|", (ROOT / "docs" / "vits.md").read_text())
+    assert len(rows) > 8
+    for name, licence in rows:
+        assert timm.get_pretrained_cfg(name).license == licence, name

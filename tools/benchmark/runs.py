@@ -44,6 +44,11 @@ def train(words: Sequence[str], output: Path, metric: str) -> dict[str, Any]:
     }
 
 
+def folder_of(folder: Path, key: Key) -> Path:
+    """That of a case's run in the folder of all results."""
+    return folder / "".join(c if c.isalnum() else "_" for c in "-".join(map(str, key)))
+
+
 def train_all(
     cases: Mapping[Key, tuple[Sequence[str], str]], folder: Path, jobs: int
 ) -> dict[Key, dict[str, Any]]:
@@ -62,8 +67,7 @@ def train_all(
 
     def run(key: Key) -> None:
         words, metric = cases[key]
-        name = "".join(c if c.isalnum() else "_" for c in "-".join(map(str, key)))
-        found[key] = {"key": key, **train(words, folder / name, metric)}
+        found[key] = {"key": key, **train(words, folder_of(folder, key), metric)}
         with open(kept, "a") as file:
             file.write(json.dumps(found[key]) + "\n")
 
