@@ -164,11 +164,10 @@ class MasksGraph(Graph):
         pixels = self.padded((images - model.pixel_mean) / model.pixel_std)
         outputs = model.model(pixel_values=pixels)
         masks = upsampled(outputs.masks_queries_logits[0], pixels)[:, :height, :width].sigmoid()
-        found = model.task_results(outputs.class_queries_logits[0].softmax(-1)[:, :-1], masks)
+        scores = outputs.class_queries_logits[0].softmax(-1)[:, :-1]
         if model.task == "semantic":
-            return (found["sem_seg"][None],)
-        found = found["instances"]
-        return found.pred_boxes.tensor, found.scores, found.pred_classes, found.pred_masks
+            return (model.task_results(scores, masks)["sem_seg"][None],)
+        return model.best_masks(scores, masks)
 
 
 class ScoresGraph(Graph):

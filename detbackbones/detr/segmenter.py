@@ -215,12 +215,17 @@ class TransformersSegmenter(NormalizesImages):
         }[self.task]
         return give(scores, masks)
 
-    def _instances(self, scores: torch.Tensor, masks: torch.Tensor) -> dict[str, Instances]:
+    def best_masks(
+        self, scores: torch.Tensor, masks: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """The best pairs of query and class; a query may be there for several classes.
 
         Args:
             scores: (queries, classes).
             masks: probabilities (queries, height, width).
+
+        Returns:
+            boxes (n, 4), scores (n,), classes (n,) and masks, bits (n, height, width).
         """
         best, index = scores.flatten().topk(min(self.test_topk_per_image, scores.numel()))
         probabilities = masks[index // scores.shape[1]]
@@ -229,11 +234,14 @@ class TransformersSegmenter(NormalizesImages):
         sure = (probabilities * bits).flatten(1).sum(1) / size.clamp(min=1)
         order = (best * sure).argsort(descending=True)
         order = order[size[order] > 0]
+        bits = bits[order]
+        classes = (index % scores.shape[1])[order]
+        return _boxes_around(bits), (best * sure)[order], classes, bits
+
+    def _instances(self, scores: torch.Tensor, masks: torch.Tensor) -> dict[str, Instances]:
         found = Instances(tuple(masks.shape[-2:]))
-        found.pred_masks = bits[order]
-        found.scores = (best * sure)[order]
-        found.pred_classes = (index % scores.shape[1])[order]
-        found.pred_boxes = Boxes(_boxes_around(bits[order]))
+        boxes, found.scores, found.pred_classes, found.pred_masks = self.best_masks(scores, masks)
+        found.pred_boxes = Boxes(boxes)
         return {"instances": found}
 
     def _semantic(self, scores: torch.Tensor, masks: torch.Tensor) -> dict[str, torch.Tensor]:
