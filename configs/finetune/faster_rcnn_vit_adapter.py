@@ -17,6 +17,8 @@ model.backbone.bottom_up = L(SpatialTuningAdapter)(
     ),
     in_channels="${dataset.channels}",
 )
+optimizer.update(lr=2e-4)
+optimizer.params.layer_decay = 0.8
 for key in ("pixel_mean", "pixel_std"):
     model[key].model_name = "${..backbone.bottom_up.net.model_name}"
 del key  # or it would be a part of the config

@@ -45,6 +45,7 @@ def words_of(name: str, seed: int, args: argparse.Namespace) -> list[str]:
     words += [f"dataset.{split}_images={args.folder}/images" for split in ("train", "val")]
     words += [f"{key}.model_name={args.model}", f"{key}.pretrained=False", *more]
     words += [f"{key}.final_norm=True"]  # as it was distilled
+    words += ["optimizer.lr=5e-4", "optimizer.params.layer_decay=1.0"]
     if loads:
         words += [f"{key}.checkpoint_path={args.weights}"]
     words += ["dataset.train_sizes=[288]", "train.pictures=0", f"train.max_iter={args.iterations}"]
