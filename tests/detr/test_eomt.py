@@ -83,7 +83,11 @@ def eomt():
 
 def eomt_dinov3():
     config = EomtDinov3Config(
-        patch_size=16, num_register_tokens=4, intermediate_size=768, **MEASURES
+        patch_size=16,
+        num_register_tokens=4,
+        intermediate_size=768,
+        layer_norm_eps=1e-5,  # as DINOv3 and timm have it
+        **MEASURES,
     )
     kwargs = {"embed_dim": 192, "num_heads": 3}
     ours = segmenter("vit_small_patch16_dinov3_qkvb", vit_kwargs=kwargs)
@@ -114,8 +118,9 @@ def test_it_is_what_transformers_computes(build, masked):
     with torch.no_grad():
         expected = theirs(pixel_values=images)
         found = ours.model(pixel_values=images)
-    assert_close(found.class_queries_logits, expected.class_queries_logits)
-    assert_close(found.masks_queries_logits, expected.masks_queries_logits)
+    for key in ("class_queries_logits", "masks_queries_logits"):
+        other, own = getattr(expected, key), getattr(found, key)
+        assert (own - other).abs().max() < 1e-5 * other.abs().max()
     assert len(found.auxiliary_logits) == (2 if masked else 0)
 
 
