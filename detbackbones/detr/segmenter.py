@@ -13,6 +13,7 @@ from ..data.semantic import IGNORE_LABEL
 from ..messages import fraction, one_of, whole_number
 from .architectures import SEGMENTERS, choose_levels, import_transformers
 from .build import build_model, checkpoint_layers
+from .eomt_names import from_transformers
 from .images import NormalizesImages, check_classes, true_masks, upsampled
 from .processes import mean_per_process
 from .settings import build_config
@@ -116,6 +117,7 @@ class TransformersSegmenter(NormalizesImages):
             if grad_checkpointing:
                 checkpoint_layers(self.model)
         self.model.criterion = PointLoss(self.model.config, self.model.weight_dict)
+        self.architecture = architecture
         self.task, self.num_classes, self.num_things = task, num_classes, num_things
         self.test_topk_per_image = test_topk_per_image
         self.object_score_thresh, self.overlap_thresh = object_score_thresh, overlap_thresh
@@ -145,6 +147,14 @@ class TransformersSegmenter(NormalizesImages):
             class_labels=[classes for classes, _ in truth],
             auxiliary_predictions=outputs.auxiliary_logits,
         )
+
+    def convert_weights(self, state: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+        """A state dict of another program by the names of this segmenter.
+
+        That of transformers' EoMT is known, see
+        :func:`detbackbones.detr.eomt_names.from_transformers`.
+        """
+        return from_transformers(state) if self.architecture == "eomt" else state
 
     def loss_divisor(self, batched_inputs: list[dict[str, Any]]) -> float:
         """What the losses of a batch's masks are divided by: their number, see PointLoss."""

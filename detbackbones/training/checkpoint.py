@@ -160,8 +160,7 @@ def _match(
     for name, backbone in model.named_modules():
         if not isinstance(backbone, FeatureBackbone):
             continue
-        prefix = f"{part.prefix}{name}." if name else part.prefix
-        mine = behind(tensors, prefix) if part.fitting else {}
+        mine = behind(part.state, f"{name}." if name else "") if part.fitting else {}
         try:
             found, wanting = backbone.match_source(mine or tensors, None if mine else within)
         except OtherModelError:

@@ -1,10 +1,9 @@
 """EoMT: equal to transformers' on ViTs of timm, at any size, masks of attention that end."""
 
-import re
-
 import pytest
 import torch
 from detbackbones import TimmBackbone, TransformersSegmenter
+from detbackbones.training.checkpoint import load_init_checkpoint
 from support import assert_checkpoints, assert_close, mask_batch, without_gradient
 from timm.utils import ModelEmaV3
 from transformers import (
@@ -15,24 +14,6 @@ from transformers import (
 )
 
 SMALL = {"num_blocks": 2, "train_num_points": 200}
-# transformers' names of what a ViT has, and timm's
-NAMES = (
-    (r"^embeddings\.cls_token", "cls_token"),
-    (r"^embeddings\.register_tokens", "reg_token"),
-    (r"^embeddings\.patch_embeddings\.(projection\.)?", "patch_embed.proj."),
-    (r"^embeddings\.position_embeddings\.weight", "pos_embed"),
-    (r"^layernorm\.", "norm."),
-    (r"^layers\.(\d+)\.", r"blocks.\1."),
-    (r"\.attention\.(out|o)_proj\.", ".attn.proj."),
-)
-OF_DINOV2 = (*NAMES, (r"\.layer_scale(\d)\.lambda1", r".ls\1.gamma"))
-OF_DINOV3 = (
-    *NAMES,
-    (r"\.layer_scale(\d)\.lambda1", r".gamma_\1"),
-    (r"\.attention\.([qv])_proj\.bias", r".attn.\1_bias"),
-    (r"\.mlp\.up_proj\.", ".mlp.fc1."),
-    (r"\.mlp\.down_proj\.", ".mlp.fc2."),
-)
 
 
 def segmenter(vit="vit_tiny_patch16_224", seed=0, vit_kwargs=None, **kwargs):
@@ -45,20 +26,12 @@ def segmenter(vit="vit_tiny_patch16_224", seed=0, vit_kwargs=None, **kwargs):
     return TransformersSegmenter(backbone=vit, architecture="eomt", **kwargs)
 
 
-def to_timm(state, names):
-    """Of transformers' state, what is of the ViT, by timm's names; the rest as it is."""
-    vit, rest = {}, {}
-    for key, value in state.items():
-        if not re.match(r"embeddings|layernorm|layers", key):
-            rest[key] = value
-            continue
-        for pattern, name in names:
-            key = re.sub(pattern, name, key)
-        vit[key] = value[None] if key == "pos_embed" else value
-    for key in [key for key in vit if ".attention.q_proj." in key]:
-        parts = [vit.pop(key.replace("q_proj", f"{part}_proj")) for part in "qkv"]
-        vit[key.replace("attention.q_proj", "attn.qkv")] = torch.cat(parts)
-    return vit, rest
+def load(theirs, ours, folder):
+    """Give ours the weights of transformers' model, as a file of it is loaded."""
+    torch.save(theirs.state_dict(), folder / "eomt.pth")
+    report = load_init_checkpoint(ours, str(folder / "eomt.pth"))
+    count = len([key for key in ours.state_dict() if key.startswith("backbone.")])
+    assert f"loaded {count} of the backbone's {count} tensors" in report
 
 
 MEASURES = dict(
@@ -75,10 +48,10 @@ MEASURES = dict(
 
 
 def eomt():
-    """Transformers' EoMT, ours, and the names of its ViT."""
+    """Transformers' EoMT, and ours."""
     config = EomtConfig(patch_size=16, num_register_tokens=4, **MEASURES)
     vit = {"reg_tokens": 4, "no_embed_class": True, "init_values": 1.0}
-    return EomtForUniversalSegmentation(config), segmenter(vit_kwargs=vit), OF_DINOV2
+    return EomtForUniversalSegmentation(config), segmenter(vit_kwargs=vit)
 
 
 def eomt_dinov3():
@@ -91,7 +64,7 @@ def eomt_dinov3():
     )
     kwargs = {"embed_dim": 192, "num_heads": 3}
     ours = segmenter("vit_small_patch16_dinov3_qkvb", vit_kwargs=kwargs)
-    return EomtDinov3ForUniversalSegmentation(config), ours, OF_DINOV3
+    return EomtDinov3ForUniversalSegmentation(config), ours
 
 
 def mask(part, theirs, ours):
@@ -103,16 +76,12 @@ def mask(part, theirs, ours):
 
 @pytest.mark.parametrize("build", [eomt, eomt_dinov3])
 @pytest.mark.parametrize("masked", [0.0, 1.0])
-def test_it_is_what_transformers_computes(build, masked):
-    theirs, ours, names = build()
+def test_it_is_what_transformers_computes(build, masked, tmp_path):
+    theirs, ours = build()
     theirs.eval(), ours.eval()
     for parameter in theirs.parameters():  # of LayerScale and the norms, too
         torch.nn.init.normal_(parameter, std=0.2)
-    vit, rest = to_timm(theirs.state_dict(), names)
-    ours.backbone.model.load_state_dict(vit)
-    rest.pop("criterion.empty_weight")
-    missing = ours.model.load_state_dict(rest, strict=False)
-    assert missing.missing_keys == ["criterion.empty_weight"] and not missing.unexpected_keys
+    load(theirs, ours, tmp_path)
     mask(masked, theirs, ours)
     images = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
@@ -125,11 +94,9 @@ def test_it_is_what_transformers_computes(build, masked):
 
 
 @pytest.mark.parametrize("part", [0.0, 0.4, 1.0])
-def test_the_losses_are_those_of_transformers(part):
-    theirs, ours, names = eomt()
-    vit, rest = to_timm(theirs.state_dict(), names)
-    ours.backbone.model.load_state_dict(vit)
-    ours.model.load_state_dict(rest)
+def test_the_losses_are_those_of_transformers(part, tmp_path):
+    theirs, ours = eomt()
+    load(theirs, ours, tmp_path)
     mask(part, theirs, ours)
     inputs = mask_batch((64, 64), (64, 60))
     images = ours.preprocess_image(inputs)
