@@ -17,7 +17,7 @@ from .messages import first_line
 # file, at an address, or in a text.
 MODULES = (
     *("detbackbones.backbones", "detbackbones.data", "detbackbones.detr", "detbackbones.heads"),
-    *("detbackbones.shapes", "detbackbones.training.optim"),
+    *("detbackbones.shapes", "detbackbones.training.distillation", "detbackbones.training.optim"),
     *("detectron2.data", "detectron2.evaluation", "detectron2.layers", "detectron2.modeling"),
     *("detectron2.projects", "detectron2.solver", "detectron2.structures"),
     "fvcore.common.param_scheduler",

@@ -109,7 +109,7 @@ class TransformersSegmenter(NormalizesImages):
             self.model = build_eomt(backbone, num_classes, num_queries, config_kwargs)
             self.model.grad_checkpointing = grad_checkpointing or backbone.grad_checkpointing
         else:
-            names = choose_levels(architecture, backbone, in_features)
+            self.in_features = names = choose_levels(architecture, backbone, in_features)
             shapes = [backbone.output_shape()[name] for name in names]
             config = build_config(architecture, shapes, num_classes, num_queries, config_kwargs)
             self.size_divisibility = shapes[-1].stride
