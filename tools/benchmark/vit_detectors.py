@@ -57,8 +57,9 @@ def words_of(name: str, seed: int, args: argparse.Namespace) -> list[str]:
 
 
 def peak(folder: Path) -> int:
-    """The peak of memory in MiB that a run's log tells last."""
-    return int(re.findall(r"(\d+) MiB", (folder / "log.txt").read_text())[-1])
+    """The peak of memory in MiB that a run's log tells."""
+    text = (folder / "log.txt").read_text()
+    return max(map(int, re.findall(r"progress INFO: .* (\d+) MiB", text)))
 
 
 def main() -> None:
