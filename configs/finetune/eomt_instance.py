@@ -3,14 +3,9 @@
 from detbackbones.data.registry import num_classes
 from detectron2.config import LazyCall as L
 
-from ..common.finetune import dataloader, dataset, lr_multiplier, optimizer, train  # noqa: F401
 from ..common.models.eomt_small import model
+from .mask2former_instance import dataloader, dataset, lr_multiplier, optimizer, train  # noqa: F401
 
 model.num_classes = L(num_classes)(dataset="${dataloader.train.dataset.names}")
 optimizer.update(lr=2e-4)
-optimizer.params.layer_decay = 0.8
-
-dataloader.train.mapper.instance_mask_format = "bitmask"  # of polygons and RLE
-dataloader.train.dataset.names.mask_format = "${dataloader.train.mapper.instance_mask_format}"
-dataloader.test.dataset.names.mask_format = "${dataloader.train.mapper.instance_mask_format}"
-dataloader.evaluator.tasks = ["bbox", "segm"]  # also while nothing is found
+optimizer.params.update(backbone_lr_factor=1.0, layer_decay=0.8)

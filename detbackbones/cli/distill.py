@@ -13,7 +13,7 @@ key=value words override configs/distill/features.py: train.max_iter=5000 datase
 """
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 
 from detectron2.utils import comm
@@ -70,8 +70,5 @@ def main(words: Sequence[str] | None = None) -> None:
         f"train.output_dir={args.output}",
         *args.opts,
     ]
-
-    def during(cfg: DictConfig) -> AbstractContextManager:
-        return reserved(cfg, resume=args.resume, overwrite=args.overwrite)
-
+    during = partial(reserved, resume=args.resume, overwrite=args.overwrite)
     start("distill", args, work, during, resume=args.resume)

@@ -19,7 +19,7 @@ import argparse
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 
 from detectron2.utils import comm
@@ -141,8 +141,5 @@ def main(words: Sequence[str] | None = None) -> None:
     if args.eval_only:
         start("train", args, evaluation.work, trains=False)
         return
-
-    def during(cfg: DictConfig) -> AbstractContextManager:
-        return reserved(cfg, resume=args.resume, overwrite=args.overwrite)
-
+    during = partial(reserved, resume=args.resume, overwrite=args.overwrite)
     start("train", args, work, during, resume=args.resume)

@@ -22,6 +22,7 @@ from transformers import EomtConfig, EomtForUniversalSegmentation
 from ..backbones.timm_backbone import TimmBackbone
 from ..config import plain_dict
 from ..messages import first_line, nearest
+from .settings import refusal
 
 # what a configuration of transformers says besides the ViT's own measures
 _SETTINGS = """
@@ -69,9 +70,7 @@ def build_eomt(
             **kwargs,
         )
     except Exception as error:  # huggingface_hub's validation has errors of its own
-        reason = str(error.__cause__ or error).strip().splitlines()[-1].strip()
-        given = plain_dict(config_kwargs)
-        raise ValueError(f"config_kwargs={given} are refused: {reason}") from error
+        raise refusal(plain_dict(config_kwargs), error) from error
     if not 1 <= config.num_blocks <= len(vit.blocks):
         raise ValueError(
             f"config_kwargs: num_blocks={config.num_blocks} must be from 1 to {len(vit.blocks)}, "

@@ -72,6 +72,12 @@ def _check_mask2former(settings: Mapping[str, Any]) -> None:
             raise ValueError(f"config_kwargs: {key}={settings[key]} must be {wanted}")
 
 
+def refusal(config_kwargs: Mapping[str, Any], error: Exception) -> ValueError:
+    """What a user is told where transformers refuses a configuration."""
+    reason = str(error.__cause__ or error).strip().splitlines()[-1].strip()
+    return ValueError(f"config_kwargs={config_kwargs} are refused: {reason}")
+
+
 def build_config(
     architecture: str,
     shapes: Sequence[ShapeSpec],
@@ -155,8 +161,7 @@ def build_config(
     try:
         config = transformers.AutoConfig.for_model(architecture, **settings)
     except Exception as error:  # huggingface_hub's validation has errors of its own
-        reason = str(error.__cause__ or error).strip().splitlines()[-1].strip()
-        raise ValueError(f"config_kwargs={kwargs} are refused: {reason}") from error
+        raise refusal(kwargs, error) from error
     finally:
         saying.disabled = False
     _check_trainable(EVERY[architecture], config.to_dict())

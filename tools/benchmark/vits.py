@@ -17,7 +17,6 @@ import warnings
 
 import torch
 from detbackbones import SpatialTuningAdapter, TimmBackbone, build_pyramid
-from detbackbones.backbones.timm_source import TimmSource
 from tabulate import tabulate
 
 WINDOWS = {"whole image": {}, "windows": {"window_size": 16, "global_blocks": 4}}
@@ -30,11 +29,8 @@ def build(args: argparse.Namespace, attention: str, levels: str) -> torch.nn.Mod
     options = dict(WINDOWS[attention])
     if levels == "simple pyramid":
         return build_pyramid(TimmBackbone(args.model, **options))
-    depth = len(TimmSource(args.model).level_keys)  # on the meta device
-    indices = [depth // 2 - 1, 3 * depth // 4 - 1, depth - 1]
-    return build_pyramid(
-        SpatialTuningAdapter(TimmBackbone(args.model, out_indices=indices, **options))
-    )
+    vit = TimmBackbone(args.model, out_depths=[0.5, 0.75, 1], **options)
+    return build_pyramid(SpatialTuningAdapter(vit))
 
 
 def measure(args: argparse.Namespace, size: str, attention: str, levels: str) -> dict[str, float]:
