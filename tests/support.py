@@ -106,6 +106,22 @@ def without_gradient(model):
     return [k for k, p in model.named_parameters() if p.requires_grad and p.grad is None]
 
 
+def saved_bytes(run, module, x):
+    """Memory that a forward pass keeps for the backward pass."""
+    free = {t.untyped_storage()._cdata for t in (x, *module.parameters(), *module.buffers())}
+    sizes, alive = {}, []
+
+    def pack(tensor):
+        alive.append(tensor)
+        storage = tensor.untyped_storage()
+        sizes[storage._cdata] = 0 if storage._cdata in free else storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        run(x)
+    return sum(sizes.values())
+
+
 def assert_checkpoints(build, batch):
     """A detector with grad_checkpointing has the same gradients, and keeps less for them."""
     (size, gradients), (smaller, others) = (_a_step(build(on), batch) for on in (False, True))

@@ -6,7 +6,7 @@ what a model without LoRA computes with, and a state dict says all that there is
 """
 
 import re
-from collections.abc import Container, Mapping
+from collections.abc import Container, Mapping, Sequence
 from importlib.util import find_spec
 from typing import Any
 
@@ -14,25 +14,29 @@ import torch
 from timm.layers import Conv2dSame
 from torch import nn
 
-from ..messages import whole_number
+from ..messages import nearest, whole_number
 
 _A, _B = ".lora_A.weight", ".lora_B.weight"
 _INSIDE = re.compile(r"\.(base_layer|lora_[AB]\.default)\.")
 
 
-def check_rank(rank: int) -> None:
-    """Refuse a rank that is none, and a place without peft, before a model is built.
+def check_lora(rank: int, layers: Sequence[str]) -> None:
+    """Refuse what is no rank and no list, and a place without peft, before a model is built.
 
     Raises:
         ImportError: if peft is not installed.
-        ValueError: if it is no whole number from 1.
+        ValueError: if the rank is no whole number from 1, or the layers are no list.
     """
     whole_number("lora_rank", rank)
+    if isinstance(layers, str):
+        raise ValueError(f"lora_layers={layers!r} must be a list")
     if find_spec("peft") is None:
         raise ImportError(f"lora_rank={rank} needs peft: pip install '.[lora]', or peft alone")
 
 
-def add_lora(extractor: nn.Module, rank: int, learning: Container[str]) -> None:
+def add_lora(
+    extractor: nn.Module, rank: int, learning: Container[str], layers: Sequence[str] = ()
+) -> None:
     """Freeze a model, and give its linear layers and 1x1 convolutions updates that learn.
 
     An update begins as zero. In the state dict a layer keeps its names, and has ``lora_A.weight``
@@ -43,9 +47,11 @@ def add_lora(extractor: nn.Module, rank: int, learning: Container[str]) -> None:
         rank: of the updates.
         learning: names of the modules that may have updates. It must leave out a layer that does
             not run, of which the model takes the weight alone: its update would be passed over.
+        layers: endings of the names of the layers that have updates, as peft's
+            ``target_modules``: ``["attn.qkv", "attn.proj"]``; empty is for all that can.
 
     Raises:
-        ValueError: if no layer can have an update.
+        ValueError: if no layer can have an update, or an ending is of none that can.
     """
     from peft import LoraConfig, inject_adapter_in_model  # a part of the extra [lora]
 
@@ -53,6 +59,15 @@ def add_lora(extractor: nn.Module, rank: int, learning: Container[str]) -> None:
     names = [name for name, module in modules if name in learning and _can_have_update(module)]
     if not names:
         raise ValueError(f"lora_rank={rank} has no effect: no linear or 1x1 layer of it learns")
+    for layer in layers:
+        if not any(_ends(name, layer) for name in names):
+            endings = {".".join(name.split(".")[-n:]) for name in names for n in (1, 2)}
+            raise ValueError(
+                f"lora_layers={layer!r} must be the end of the name of a linear or 1x1 layer that "
+                f"learns: {nearest(layer, sorted(endings))}"
+            )
+    if layers:
+        names = [name for name in names if _ends(name, *layers)]
     inject_adapter_in_model(
         LoraConfig(r=rank, lora_alpha=rank, target_modules="|".join(map(re.escape, names))),
         extractor,
@@ -61,6 +76,10 @@ def add_lora(extractor: nn.Module, rank: int, learning: Container[str]) -> None:
         layer = extractor.get_submodule(name)
         layer.register_state_dict_post_hook(_to_own_names)
         layer.register_load_state_dict_pre_hook(_to_names_of_peft)
+
+
+def _ends(name: str, *endings: str) -> bool:
+    return f".{name}".endswith(tuple(f".{ending}" for ending in endings))
 
 
 def _can_have_update(module: nn.Module) -> bool:

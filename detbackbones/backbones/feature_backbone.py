@@ -18,7 +18,7 @@ from ..adapt.depthwise import train_depthwise_in_float32
 from ..adapt.fold import fold_norms
 from ..adapt.freeze import freeze, frozen_part
 from ..adapt.grad_checkpointing import Checkpoints
-from ..adapt.lora import add_lora, check_rank, forget_updates, is_update, merged, own_name
+from ..adapt.lora import add_lora, check_lora, forget_updates, is_update, merged, own_name
 from ..adapt.memory_format import breaks_in_channels_last, gains_from_channels_last, lay_out
 from ..adapt.norm import NORMS, convert_norm, is_batch_norm
 from ..adapt.prune import prune
@@ -67,6 +67,7 @@ class FeatureBackbone(Backbone):
         compile: bool = False,
         grad_checkpointing: bool = False,
         lora_rank: int = 0,
+        lora_layers: Sequence[str] = (),
     ):
         """
         Args:
@@ -88,6 +89,7 @@ class FeatureBackbone(Backbone):
             lora_rank: freeze the model, and train updates of this rank of its linear layers and
                 1x1 convolutions, see :func:`detbackbones.adapt.lora.add_lora`; 0 is none. Batch
                 norm is frozen too unless ``norm`` says otherwise.
+            lora_layers: endings of the names of the layers that have updates; empty is for all.
 
         Raises:
             ValueError: if an argument is out of range, or the model cannot give these levels.
@@ -103,8 +105,10 @@ class FeatureBackbone(Backbone):
         one_of("channels_last", channels_last, (None, True, False))
         one_of("norm", norm, NORMS)
         if lora_rank:
-            check_rank(lora_rank)
+            check_lora(lora_rank, lora_layers)
             norm = norm or "FrozenBN"
+        elif lora_layers:
+            raise ValueError(f"lora_layers={list(lora_layers)} needs lora_rank")
         if compile and grad_checkpointing:
             raise ValueError("compile=True and grad_checkpointing=True cannot be had together")
 
@@ -124,7 +128,8 @@ class FeatureBackbone(Backbone):
             self._eval_modules += [name for name, module in modules if is_batch_norm(module)]
         if lora_rank:
             frozen = {prefix + name for name in part.modules}
-            add_lora(extractor, lora_rank, fit.trace.modules.keys() - frozen)
+            learning = fit.trace.modules.keys() - frozen
+            add_lora(extractor, lora_rank, learning, lora_layers)
         if fold:
             _fold(extractor, fit, source.in_channels)
         train_depthwise_in_float32(extractor)

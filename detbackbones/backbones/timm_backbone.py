@@ -45,6 +45,7 @@ class TimmBackbone(FeatureBackbone):
         compile: bool = False,
         grad_checkpointing: bool = False,
         lora_rank: int = 0,
+        lora_layers: Sequence[str] = (),
         output_stride: int | None = None,
         img_size: int | None = None,
         patch_size: int | None = None,
@@ -82,6 +83,8 @@ class TimmBackbone(FeatureBackbone):
                 less memory, more time.
             lora_rank: freeze the model, and train updates of this rank of its linear layers and
                 1x1 convolutions (LoRA, needs peft); 0 is none.
+            lora_layers: endings of the names of the layers that have updates, such as
+                ``["attn.qkv", "attn.proj"]``; empty is for all.
             output_stride: 8, 16 or 32; dilate the late stages to keep it, in models that can.
             img_size: build the model for images of this size, in models that are built for one.
                 Most take others too; those that do not take images up to this size.
@@ -152,6 +155,7 @@ class TimmBackbone(FeatureBackbone):
             compile=compile,
             grad_checkpointing=grad_checkpointing,
             lora_rank=lora_rank,
+            lora_layers=lora_layers,
         )
         self.indices = {} if levels.by_module else {v: k for k, v in levels.names.items()}
 

@@ -42,6 +42,7 @@ class TorchvisionBackbone(FeatureBackbone):
         compile: bool = False,
         grad_checkpointing: bool = False,
         lora_rank: int = 0,
+        lora_layers: Sequence[str] = (),
         img_size: int | None = None,
         drop_path_rate: float | None = None,
         model_kwargs: dict[str, Any] | None = None,
@@ -73,6 +74,8 @@ class TorchvisionBackbone(FeatureBackbone):
                 less memory, more time.
             lora_rank: freeze the model, and train updates of this rank of its linear layers and
                 1x1 convolutions (LoRA, needs peft); 0 is none.
+            lora_layers: endings of the names of the layers that have updates, such as
+                ``["attn.qkv", "attn.proj"]``; empty is for all.
             img_size: build a ViT or MaxViT for images of this size. A ViT takes others too, a
                 MaxViT takes images up to this size.
             drop_path_rate: stochastic depth, in models that have it.
@@ -126,6 +129,7 @@ class TorchvisionBackbone(FeatureBackbone):
             compile=compile,
             grad_checkpointing=grad_checkpointing,
             lora_rank=lora_rank,
+            lora_layers=lora_layers,
         )
 
     @classmethod

@@ -9,7 +9,7 @@ from detbackbones.adapt.grad_checkpointing import Checkpoints
 from detbackbones.adapt.norm import freeze_batch_norm
 from detbackbones.measure.levels import output_list
 from detbackbones.measure.trace import record
-from support import images, randomise
+from support import images, randomise, saved_bytes
 from torch import nn
 
 
@@ -58,22 +58,6 @@ def step(extractor, run, x):
     sum((output * images(*output.shape)).sum() for output in outputs).backward()
     gradients = {n: p.grad for n, p in extractor.named_parameters() if p.grad is not None}
     return [*outputs], gradients, dict(extractor.named_buffers())
-
-
-def saved_bytes(run, extractor, x):
-    """Memory that a forward pass keeps for the backward pass."""
-    free = {t.untyped_storage()._cdata for t in (x, *extractor.parameters(), *extractor.buffers())}
-    sizes, alive = {}, []
-
-    def pack(tensor):
-        alive.append(tensor)
-        storage = tensor.untyped_storage()
-        sizes[storage._cdata] = 0 if storage._cdata in free else storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        run(x)
-    return sum(sizes.values())
 
 
 @pytest.mark.parametrize("frozen", [False, True], ids=["BN", "frozen"])

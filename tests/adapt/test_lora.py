@@ -1,6 +1,7 @@
 """LoRA: the updates learn and nothing else does, and merged they are what they were."""
 
 import copy
+from itertools import product
 
 import pytest
 import timm
@@ -13,13 +14,19 @@ from detbackbones.training.depths import parameter_depths
 from detbackbones.training.optim import param_groups
 from detbackbones.weights import export_backbone
 from safetensors.torch import load_file
-from support import images, randomise
+from support import images, randomise, saved_bytes
 from torch import nn
 
 pytest.importorskip("peft")
 
+LAYERS = ["qkv", "attn.proj"]
 MODELS = {
     "a ViT": (TimmBackbone, "vit_tiny_patch16_224", {}),
+    "attention alone": (
+        TimmBackbone,
+        "vit_tiny_patch16_224",
+        {"lora_layers": LAYERS},
+    ),
     "windows": (TimmBackbone, "swin_tiny_patch4_window7_224", {"drop_path_rate": 0.0}),
     "linear layers among convolutions": (TimmBackbone, "convnext_atto", {}),
     "1x1 convolutions": (TimmBackbone, "tf_efficientnet_lite0", {"norm": "FrozenBN"}),
@@ -59,7 +66,8 @@ def test_merged_is_the_same(case):
     backbone = trained(kind, name, **arguments)
     x = images(1, 3, 224, 224)
     state = backbone.state_dict()
-    plain, whole = (kind(name, **arguments).eval() for _ in range(2))
+    without = {key: value for key, value in arguments.items() if key != "lora_layers"}
+    plain, whole = (kind(name, **without).eval() for _ in range(2))
     assert plain.load_source({key: state[key] for key in state if not is_update(key)})[1] == []
     assert difference(backbone, plain, x) > 1e-3
     assert whole.load_source({f"teacher.{key}": value for key, value in state.items()})[1] == []
@@ -82,6 +90,27 @@ def test_every_update_learns_and_nothing_else(case):
     for key, parameter in backbone.named_parameters():
         assert parameter.requires_grad == (".lora_" in key)
         assert (parameter.grad is not None and bool(parameter.grad.any())) == (".lora_" in key), key
+
+
+def test_layers_by_the_ends_of_their_names():
+    backbone = TimmBackbone("vit_tiny_patch16_224", lora_rank=4, lora_layers=LAYERS)
+    updates = {key for key in backbone.state_dict() if is_update(key)}
+    assert updates == {
+        f"model.blocks.{block}.attn.{layer}.lora_{part}.weight"
+        for block, layer, part in product(range(12), ("qkv", "proj"), "AB")
+    }
+
+
+def test_updates_of_attention_alone_keep_less():
+    x = images(1, 3, 224, 224)
+    whole, attention = (
+        saved_bytes(backbone, backbone, x)
+        for backbone in (
+            TimmBackbone("vit_tiny_patch16_224").train(),
+            TimmBackbone("vit_tiny_patch16_224", lora_rank=8, lora_layers=LAYERS).train(),
+        )
+    )
+    assert attention < 0.7 * whole
 
 
 @pytest.mark.parametrize("name", ["swinv2_tiny_window8_256", "crossvit_9_240", "coat_tiny"])
@@ -162,6 +191,17 @@ def test_refused(monkeypatch):
             TimmBackbone("vit_tiny_patch16_224", lora_rank=rank)
     with pytest.raises(ValueError, match="lora_rank=4 has no effect: no linear or 1x1 layer"):
         TimmBackbone("vit_tiny_patch16_224", lora_rank=4, freeze_at=5)
+    for layers, why in {
+        ("qkw",): "'qkw' must be the end of the name .* valid are 'attn.proj', 'attn.qkv', 'fc1'",
+        ("kv",): "'kv' must be the end of the name",
+        ("qkv", "patch_embed.proj"): "'patch_embed.proj' must be the end of the name",
+    }.items():
+        with pytest.raises(ValueError, match=f"lora_layers={why}"):
+            TimmBackbone("vit_tiny_patch16_224", lora_rank=4, lora_layers=layers)
+    with pytest.raises(ValueError, match="lora_layers='qkv' must be a list"):
+        TimmBackbone("vit_tiny_patch16_224", lora_rank=4, lora_layers="qkv")
+    with pytest.raises(ValueError, match=r"lora_layers=\['qkv'\] needs lora_rank"):
+        TimmBackbone("vit_tiny_patch16_224", lora_layers=["qkv"])
     state = {"a.weight": torch.zeros(4, 4), "a.lora_A.weight": torch.zeros(2, 4)}
     with pytest.raises(ValueError, match="it has 'a.lora_A.weight', and must have the layer's"):
         merged(state)

@@ -27,6 +27,11 @@ SETTINGS = {
     "simple pyramid": (PYRAMID, PLAIN, True),
     "adapter": (ADAPTER, [f"{BOTTOM_UP}.net.patch_size=null"], True),
     "simple pyramid, LoRA": (PYRAMID, [*PLAIN, f"{BOTTOM_UP}.lora_rank=4"], True),
+    "simple pyramid, LoRA of attention": (
+        PYRAMID,
+        [*PLAIN, f"{BOTTOM_UP}.lora_rank=8", f"{BOTTOM_UP}.lora_layers=[attn.qkv,attn.proj]"],
+        True,
+    ),
     "simple pyramid, frozen": (PYRAMID, [PLAIN[0], f"{BOTTOM_UP}.freeze_at=5"], True),
     "simple pyramid, frozen, cached": (
         PYRAMID,
