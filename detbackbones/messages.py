@@ -38,7 +38,7 @@ def fraction(parameter: str, value: object) -> None:
     Raises:
         ValueError: with one sentence that names parameter and value.
     """
-    if not isinstance(value, int | float) or not 0 <= value <= 1:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
         raise ValueError(f"{parameter}={value!r} must be a number from 0 to 1")
 
 

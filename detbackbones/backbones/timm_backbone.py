@@ -198,7 +198,7 @@ def _checked_indices(
 def _indices_of_depths(out_depths: Sequence[float], source: TimmSource) -> list[int]:
     """timm's indices of the last blocks of so large parts of a plain ViT."""
     try:
-        known = all(0 < depth <= 1 for depth in out_depths)
+        known = all(0 < depth <= 1 and not isinstance(depth, bool) for depth in out_depths)
     except TypeError:
         known = False
     if not known:

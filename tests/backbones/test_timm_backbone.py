@@ -311,6 +311,7 @@ WRONG = [
     ({"out_depths": [0.5], "out_indices": [1]}, "out_indices=.* and out_depths=.* use one"),
     ({"out_depths": [0.5]}, r"out_depths=\[0.5\] needs a plain ViT.* and resnet18 is none"),
     ({"model_name": "test_vit", "out_depths": [1.5]}, r"=\[1.5\] must be .* above 0, up to 1"),
+    ({"model_name": "test_vit", "out_depths": [True]}, r"=\[True\] must be a list of numbers"),
     ({"model_name": "test_vit", "out_depths": 1}, "out_depths=1 must be a list of numbers"),
     ({"model_name": "test_vit", "out_depths": [0.95, 1]}, r"out_depths=\[0.95, 1\] .* different"),
     ({"final_norm": True}, "final_norm=True needs a plain ViT with a norm .* resnet18 has none"),

@@ -338,6 +338,19 @@ def test_what_is_written_is_not_overwritten(tmp_path):
         data.write(tmp_path / "made")
 
 
+def test_images_of_one_name_cannot_be_of_one_split(tmp_path):
+    maps = _maps()
+    for name, split in (("a0", "train"), ("a0", "val"), ("a1", "train")):
+        _image(tmp_path / "data" / "images" / split, name)
+        _png(tmp_path / "data" / "labels" / split / f"{name}.png", maps[name])
+    found = read_folder(tmp_path / "data")[1]
+    splits = {split: [*pictures.values()] for split, pictures in found.splits.items()}
+    assert len(write_splits(found, splits, tmp_path / "as_found")) == 2
+    with pytest.raises(ValueError, match="train/a0.jpg' and .*val/a0.jpg' must have different"):
+        write_splits(found, {"train": [*found.pictures]}, tmp_path / "one")
+    assert not (tmp_path / "one").exists()
+
+
 def test_a_folder_is_trained_on(tmp_path, run_train_net):
     folders_of_classes(tmp_path / "data", _maps())
     output = tmp_path / "out"

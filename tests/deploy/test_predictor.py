@@ -146,8 +146,9 @@ def test_thresholds_and_supervision(runs):
     for label in (0, 1):
         boxes = kept.pred_boxes.tensor[kept.pred_classes == label]
         assert box_iou(boxes, boxes).fill_diagonal_(0).max() <= 0.1
-    with pytest.raises(ValueError, match="score_threshold=1.5 must be a number from 0 to 1"):
-        Predictor(folder / "mask_rcnn", score_threshold=1.5)
+    for value in (1.5, True):
+        with pytest.raises(ValueError, match=f"score_threshold={value} must be a number from 0"):
+            Predictor(folder / "mask_rcnn", score_threshold=value)
 
 
 def test_the_best_checkpoint_is_taken(runs, tmp_path):

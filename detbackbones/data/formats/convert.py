@@ -38,7 +38,7 @@ def write_splits(
         the file of each split.
 
     Raises:
-        ValueError: if there are faults.
+        ValueError: if there are faults, or images of a split share a name that label maps need.
         FileExistsError: if a file is there that says something else.
     """
     if found.faults:
@@ -63,6 +63,8 @@ def write_as_found(
         if file.exists() and file.read_text() != text:
             raise _holds_others(file)
     if found.label_map is not None:
+        for pictures in splits.values():
+            _refuse_equal_names(pictures)
         for name, pictures in splits.items():
             _write_label_maps(found.label_map, pictures, output / LABELS / name)
     output.mkdir(parents=True, exist_ok=True)
@@ -86,6 +88,17 @@ def _write_label_maps(
             continue
         with replacing(str(file)) as temporary:
             Image.fromarray(labels).save(temporary, format="png")
+
+
+def _refuse_equal_names(pictures: Sequence[Picture]) -> None:
+    """Refuse images of one split whose label maps would have one name."""
+    first: dict[str, Path] = {}
+    for picture in pictures:
+        other = first.setdefault(picture.file.stem, picture.file)
+        if other is not picture.file:
+            raise ValueError(
+                f"'{other}' and '{picture.file}' must have different names, for one split has both"
+            )
 
 
 def _holds_others(file: Path) -> FileExistsError:
