@@ -107,6 +107,13 @@ def test_amp_beside_peers_with_and_without(run):
     assert weights[1] == 0 < weights[2]  # cast to bfloat16
 
 
+def test_where_nothing_learns_a_step_is_a_forward_pass(run):
+    code, out, _ = run("--models=resnet18", "--train", "--freeze-at=5")
+    assert code == 0
+    kept = {row[2]: row[7] for row in cells(out) if row[0] == "resnet18"}
+    assert kept == dict.fromkeys(["detbackbones", "timm", "detectron2"], "0.0")
+
+
 def test_options_off(run):
     code, out, _ = run("--models=test_resnet", "--options-off")
     assert code == 0

@@ -11,13 +11,13 @@ model. Before anything is timed, all must give the same feature maps. With --var
 the backbone with other values of fold and channels_last is a peer too.
 
 A training step is: forward pass, the sum of the means of the levels, backward pass, a step of SGD
-with a tiny learning rate, gradients set to None. An inference step is a forward pass in eval mode
-without gradients. Each round runs a step of every contestant, in random order, after a few rounds
-that do not count. Times are medians over the rounds, and "peer / ours" is the median of the ratios
-of the two times of a round: above 1 the backbone is faster. "q1..q3" is the middle half of the
-rounds. "saved" is what the forward pass keeps for the backward pass besides parameters, buffers and
-images, and "weights" the part of it that is copies of convolution weights: folded or, with --amp,
-cast.
+with a tiny learning rate, gradients set to None; with --freeze-at 5 the forward pass is all of it.
+An inference step is a forward pass in eval mode without gradients. Each round runs a step of every
+contestant, in random order, after a few rounds that do not count. Times are medians over the
+rounds, and "peer / ours" is the median of the ratios of the two times of a round: above 1 the
+backbone is faster. "q1..q3" is the middle half of the rounds. "saved" is what the forward pass
+keeps for the backward pass besides parameters, buffers and images, and "weights" the part of it
+that is copies of convolution weights: folded or, with --amp, cast.
 
 The exit status is 1 if a model failed.
 """
@@ -234,7 +234,7 @@ def parse_args() -> argparse.Namespace:
     add("--size", default="384", help="N, or height x width as 800x1216; default: %(default)s")
     add("--batch", type=int, default=2, help="images in a step; default: %(default)s")
     add("--norm", choices=("FrozenBN", "BN"), default="FrozenBN", help="default: %(default)s")
-    add("--freeze-at", type=int, choices=range(5), default=0, help="default: %(default)s")
+    add("--freeze-at", type=int, choices=range(6), default=0, help="default: %(default)s")
     add("--amp", action="store_true", help="bfloat16 autocast; the peers are run without it too")
     add("--compile", action="store_true", help="ours; the peers are run compiled and not")
     add("--grad-checkpointing", action="store_true", help="ours; the peers keep everything")

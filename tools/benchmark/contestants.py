@@ -43,7 +43,7 @@ class Contestant:
 
     def __post_init__(self):
         trained = [p for p in self.model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.SGD(trained, lr=1e-6)
+        self.optimizer = torch.optim.SGD(trained, lr=1e-6) if trained else None
 
     def maps(self, images: torch.Tensor, amp: bool) -> list[torch.Tensor]:
         with torch.autocast(images.device.type, torch.bfloat16, enabled=amp):
@@ -55,7 +55,10 @@ class Contestant:
     def step(self, images: torch.Tensor) -> None:
         """A training or an inference step, whichever mode the model is in."""
         if self.model.training:
-            self.loss(images).backward()
+            loss = self.loss(images)
+            if self.optimizer is None:
+                return
+            loss.backward()
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
         else:

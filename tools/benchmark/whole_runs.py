@@ -13,6 +13,8 @@ iterations, optimizer and learning rates; nothing but resizing and flipping augm
   ResNet-50 in detectron2's own FPN besides.
 - rt_detr: the config finetune/rt_detr.py; the peer is the Trainer of transformers with its
   RT-DETRv2, the same EfficientNet-Lite0 and weights in its TimmBackbone.
+- faster_rcnn_bfloat16, rt_detr_bfloat16: the same in bfloat16; detectron2's loop has it on a GPU
+  alone, so that its peer stays in float32.
 
 The two of a pair run in turn, seed by seed, each in a process of its own. "whole" is the time from
 the command to its end, with one evaluation; "training" is that of the loop, loading included.
@@ -36,14 +38,18 @@ BATCH = 4
 BACKBONE = "model.backbone.bottom_up"
 RANDOM = [f"{BACKBONE}.model_name=resnet50", f"{BACKBONE}.pretrained=False"]
 RANDOM += [f"{BACKBONE}.norm=BN", f"{BACKBONE}.freeze_at=0"]
+ALL_LEARNS = ["model.backbone.freeze_at=0", "optimizer.params.backbone_lr_factor=1.0"]
+AMP = ["train.amp.enabled=True", "train.amp.dtype=bfloat16"]
 PAIRS = {  # config, overrides, peer
     "faster_rcnn": ("faster_rcnn", ["train.clip_grad.enabled=False"], "detectron2"),
     "resnet50": ("faster_rcnn", ["train.clip_grad.enabled=False", *RANDOM], "detectron2"),
-    "rt_detr": (
-        "rt_detr",
-        ["model.backbone.freeze_at=0", "optimizer.params.backbone_lr_factor=1.0"],
-        "transformers",
+    "rt_detr": ("rt_detr", ALL_LEARNS, "transformers"),
+    "faster_rcnn_bfloat16": (
+        "faster_rcnn",
+        ["train.clip_grad.enabled=False", *AMP],
+        "detectron2",
     ),
+    "rt_detr_bfloat16": ("rt_detr", [*ALL_LEARNS, *AMP], "transformers"),
 }
 
 
@@ -241,6 +247,7 @@ def transformers_peer(cfg: Any) -> dict[str, float]:
             dataloader_num_workers=1,
             remove_unused_columns=False,
             use_cpu=True,
+            bf16=settings.amp.enabled,
             seed=settings.seed,
             report_to="none",
             logging_steps=20,
