@@ -10,4 +10,6 @@ for word in "$@"; do
     if [[ $word == --all ]]; then marks=(); else words+=("$word"); fi
 done
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}  # there is a process for each core
-exec .venv/bin/python -m pytest -n auto --dist loadfile "${marks[@]}" "${words[@]}"
+# Files in their order: by the number of their tests, those with few that take long come last, to one
+# process.
+exec .venv/bin/python -m pytest -n auto --dist loadfile --no-loadscope-reorder "${marks[@]}" "${words[@]}"

@@ -3,6 +3,7 @@ import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,8 +19,8 @@ RUNS = ("pretrained", "random")
 quickstart = load_tool("quickstart")
 
 
-def execute(*arguments):
-    command = [sys.executable, TOOL, *arguments]
+def execute(*arguments, tool=TOOL):
+    command = [sys.executable, tool, *arguments]
     return subprocess.run(command, check=False, capture_output=True, text=True)
 
 
@@ -29,10 +30,26 @@ def backbone_of(run):
 
 
 @pytest.fixture(scope="module")
-def quick(tmp_path_factory):
+def few(tmp_path_factory):
+    """The tool as it is, beside a few of its photographs."""
+    tool = shutil.copy(TOOL, tmp_path_factory.mktemp("tools"))
+    data = Path(tool).parent / "blood"
+    data.mkdir()
+    (data / "images").symlink_to(quickstart.DATA.resolve() / "images")
+    for split, count in (("train", 12), ("val", 6)):
+        content = json.loads((quickstart.DATA / f"{split}.json").read_text())
+        content["images"] = content["images"][:count]
+        ids = {image["id"] for image in content["images"]}
+        content["annotations"] = [a for a in content["annotations"] if a["image_id"] in ids]
+        (data / f"{split}.json").write_text(json.dumps(content))
+    return tool
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory, few):
     needs_package()
     output = tmp_path_factory.mktemp("quickstart") / "my output"
-    done = execute("--output", output, "--iterations=2", "--seed=1")
+    done = execute("--output", output, "--iterations=2", "--seed=1", tool=few)
     assert done.returncode == 0, done.stdout + done.stderr
     return output, done.stdout
 
@@ -81,11 +98,11 @@ def test_a_second_run_is_refused(quick):
     assert "holds an earlier quickstart" in done.stderr and "Traceback" not in done.stderr
 
 
-def test_an_interrupted_one_goes_on(quick, tmp_path):
+def test_an_interrupted_one_goes_on(quick, few, tmp_path):
     """The first run had ended, the second is not there yet."""
     shutil.copytree(quick[0] / "pretrained", tmp_path / "pretrained")
     shutil.copy(quick[0] / "commands.sh", tmp_path)
-    done = execute("--output", tmp_path, "--iterations=2", "--seed=1", "--resume")
+    done = execute("--output", tmp_path, "--iterations=2", "--seed=1", "--resume", tool=few)
     assert done.returncode == 0, done.stdout + done.stderr
     before, after = (backbone_of(folder / "pretrained") for folder in (quick[0], tmp_path))
     assert all(torch.equal(value, before[key]) for key, value in after.items())
