@@ -2,24 +2,23 @@
 
     python tools/benchmark/vits.py --sizes 512x512 800x1216 1024x1024
 
-For each size and each way a process of its own runs the model on an image: inference, the median of
-some rounds, then two training steps with AdamW, of which the second is timed, and the peak of
-memory of that process over what it had before the model was built.
+Each row is a ViT under a pyramid on one image: an inference, and a training step with AdamW. Times
+are medians over some rounds after one that does not count. Memory is what the model and the
+optimizer hold, and the most that is allocated besides at a time; torch's profiler counts it, which
+sees what torch allocates on a CPU and not the scratch memory of oneDNN.
 """
 
 import argparse
-import json
-import resource
 import statistics
-import subprocess
-import sys
 import time
 import warnings
+from collections.abc import Callable
 
-import peft  # noqa: F401  before memory is measured: what it imports is not of the model
 import torch
 from detbackbones import SpatialTuningAdapter, TimmBackbone, build_pyramid
 from tabulate import tabulate
+from torch import nn
+from tqdm import tqdm
 
 WINDOWS = {"whole image": {}, "windows": {"window_size": 16, "global_blocks": 4}}
 LEVELS = ("simple pyramid", "adapter")
@@ -34,49 +33,63 @@ TRAINED = {
 }
 CASES = [(attention, levels, "all") for levels in LEVELS for attention in WINDOWS]
 CASES += [("whole image", "simple pyramid", trained) for trained in TRAINED if trained != "all"]
+MIB = 2**20
 
 
-def build(
-    args: argparse.Namespace, attention: str, levels: str, trained: str
-) -> tuple[torch.nn.Module, torch.nn.Module]:
+def build(model: str, attention: str, levels: str, trained: str) -> tuple[nn.Module, nn.Module]:
     """A ViT, and a pyramid on it."""
     torch.manual_seed(0)
     options = WINDOWS[attention] | TRAINED[trained]
     if levels == "adapter":
         options = options | {"out_depths": [0.5, 0.75, 1]}
-    vit = TimmBackbone(args.model, **options)
+    vit = TimmBackbone(model, **options)
     return vit, build_pyramid(SpatialTuningAdapter(vit) if levels == "adapter" else vit)
 
 
 def measure(args: argparse.Namespace, size: str, *case: str) -> dict[str, float]:
-    """Seconds of inference and of a training step, and MiB that each needs at its peak."""
-    torch.set_num_threads(args.threads)
+    """Millions of the ViT's parameters that learn, seconds, and MiB."""
+    vit, model = build(args.model, *case)
     height, width = map(int, size.split("x"))
     image = torch.rand(1, 3, height, width)
-    before = _peak()
-    vit, model = build(args, *case)
-    learning = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(learning, lr=1e-6)
-    found = {"M that learn": sum(p.numel() for p in vit.parameters() if p.requires_grad) / 1e6}
-    seconds = []
-    with torch.no_grad():
-        for _ in range(args.rounds):
-            start = time.perf_counter()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-6)
+
+    def infer() -> None:
+        with torch.no_grad():
             model.eval()(image)
-            seconds.append(time.perf_counter() - start)
-    found["inference, s"], found["MiB"] = statistics.median(seconds), _peak() - before
-    for _ in range(2):
-        start = time.perf_counter()
+
+    def train() -> None:
         sum(level.mean() for level in model.train()(image).values()).backward()
         optimizer.step()
         optimizer.zero_grad()
-        found["training, s"] = time.perf_counter() - start
-    found["MiB of it"] = _peak() - before
+
+    found = {"learns, M": sum(p.numel() for p in vit.parameters() if p.requires_grad) / 1e6}
+    held = [*model.parameters(), *model.buffers()]
+    for mode, step in (("inference", infer), ("training", train)):
+        step()
+        if args.rounds:
+            found[f"{mode}, s"] = statistics.median(_seconds(step) for _ in range(args.rounds))
+        tensors = [*held, *(t for state in optimizer.state.values() for t in state.values())]
+        found[f"{mode}, MiB"] = sum(t.nbytes for t in tensors) / MIB + _most_allocated(step)
     return found
 
 
-def _peak() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+def _seconds(step: Callable[[], None]) -> float:
+    start = time.perf_counter()
+    step()
+    return time.perf_counter() - start
+
+
+def _most_allocated(step: Callable[[], None]) -> float:
+    """The most MiB that a step has allocated at a time."""
+    cpu = torch.profiler.ProfilerActivity.CPU
+    with torch.profiler.profile(activities=[cpu], profile_memory=True) as profile:
+        step()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    now = most = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        now += event.nbytes()
+        most = max(most, now)
+    return most / MIB
 
 
 def main() -> None:
@@ -86,22 +99,16 @@ def main() -> None:
     add = parser.add_argument
     add("--model", default="vit_small_patch16_224", help="of timm; default: %(default)s")
     add("--sizes", nargs="+", default=["512x512", "800x1216", "1024x1024"], metavar="HxW")
-    add("--rounds", type=int, default=3, help="of inference; default: %(default)s")
+    add("--rounds", type=int, default=3, help="0 measures memory alone; default: %(default)s")
     add("--threads", type=int, default=2, help="default: %(default)s")
-    add("--case", nargs=4, help=argparse.SUPPRESS)  # what one of the processes does
     args = parser.parse_args()
     warnings.simplefilter("ignore")
-    if args.case:
-        print(json.dumps(measure(args, *args.case)))
-        return
+    torch.set_num_threads(args.threads)
+    cases = [(size, *case) for size in args.sizes for case in CASES]
     rows = []
-    for size in args.sizes:
-        for case in CASES:
-            command = [sys.executable, *sys.argv, "--case", size, *case]
-            out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-            found = json.loads(out.splitlines()[-1])
-            rows.append([size, *case, *(round(value, 2) for value in found.values())])
-            print(rows[-1], file=sys.stderr)
+    for case in tqdm(cases, unit="case"):
+        found = measure(args, *case)
+        rows.append([*case, *(round(value, 2) for value in found.values())])
     headers = ["image", "attention", "levels", "trained", *found]
     print(tabulate(rows, headers, "github"))
 
