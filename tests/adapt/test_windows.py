@@ -109,6 +109,7 @@ def test_a_backbone_has_windows():
         ("swin_tiny_patch4_window7_224", {"window_size": 4}, "needs a plain ViT .* SwinTransfor"),
         ("beit_base_patch16_224", {"window_size": 4}, "needs a plain ViT"),
         ("resnet18", {"window_size": 4}, "needs a plain ViT"),
+        ("vit_small_patch16_18x2_224", {"window_size": 4}, "VisionTransformer of ParallelThings"),
         ("vit_tiny_patch16_224", {"window_size": 0}, "window_size=0 must be a whole number"),
         (
             "vit_tiny_patch16_224",
