@@ -10,6 +10,5 @@ for word in "$@"; do
     if [[ $word == --all ]]; then marks=(); else words+=("$word"); fi
 done
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}  # there is a process for each core
-# Files in their order: by the number of their tests, those with few that take long come last, to one
-# process.
+# xdist would begin with the files of most tests, and end with a long file of few in one process.
 exec .venv/bin/python -m pytest -n auto --dist loadfile --no-loadscope-reorder "${marks[@]}" "${words[@]}"

@@ -21,15 +21,18 @@ _INSIDE = re.compile(r"\.(base_layer|lora_[AB]\.default)\.")
 
 
 def check_lora(rank: int, layers: Sequence[str]) -> None:
-    """Refuse what is no rank and no list, and a place without peft, before a model is built.
+    """Refuse what is no rank or no list, and a place without peft, before a model is built.
 
     Raises:
         ImportError: if peft is not installed.
-        ValueError: if the rank is no whole number from 1, or the layers are no list.
+        ValueError: if the rank is no whole number from 1, or 0 where layers are named, or the
+            layers are no list.
     """
+    if isinstance(layers, str) or not isinstance(layers, Sequence):
+        raise ValueError(f"lora_layers={layers!r} must be a list of endings of names")
+    if not (rank or layers):
+        return
     whole_number("lora_rank", rank)
-    if isinstance(layers, str):
-        raise ValueError(f"lora_layers={layers!r} must be a list")
     if find_spec("peft") is None:
         raise ImportError(f"lora_rank={rank} needs peft: pip install '.[lora]', or peft alone")
 

@@ -33,12 +33,10 @@ def add_windows(model: nn.Module, size: int, global_blocks: int) -> nn.Module:
     blocks = list(getattr(model, "blocks", ()))
     standard = isinstance(model, VisionTransformer | Eva)
     if not standard or not all(isinstance(getattr(x, "attn", None), nn.Module) for x in blocks):
-        kinds = " and ".join(sorted({type(block).__name__ for block in blocks}))
+        kind = f" of {type(blocks[0]).__name__}" if standard else ""
         raise ValueError(
             f"window_size={size} needs a plain ViT whose blocks have one attention each, as timm's "
-            f"VisionTransformer and Eva, and the model is a {type(model).__name__}"
-            + f" of {kinds}"
-            * bool(kinds)
+            f"VisionTransformer and Eva, and the model is a {type(model).__name__}{kind}"
         )
     if type(global_blocks) is not int or not 0 <= global_blocks <= len(blocks):
         raise ValueError(f"global_blocks={global_blocks!r} must be from 0 to {len(blocks)}")

@@ -104,11 +104,9 @@ class FeatureBackbone(Backbone):
             one_of(key, value, (True, False))
         one_of("channels_last", channels_last, (None, True, False))
         one_of("norm", norm, NORMS)
+        check_lora(lora_rank, lora_layers)
         if lora_rank:
-            check_lora(lora_rank, lora_layers)
             norm = norm or "FrozenBN"
-        elif lora_layers:
-            raise ValueError(f"lora_layers={list(lora_layers)} needs lora_rank")
         if compile and grad_checkpointing:
             raise ValueError("compile=True and grad_checkpointing=True cannot be had together")
 

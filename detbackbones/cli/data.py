@@ -56,6 +56,8 @@ def _draw(found: Findings, picture: str | None) -> None:
     if picture is None and Path(PICTURE).exists():
         raise FileExistsError(f"{PICTURE} is there already: give --picture")
     shown = [p for p in found.pictures if p.things]
+    if found.label_map is not None:  # they are named after the images, of all splits here
+        shown = [*{p.file.stem: p for p in shown}.values()]
     shown = [shown[i * len(shown) // SHOWN] for i in range(SHOWN)] if len(shown) > SHOWN else shown
     if not shown:
         return

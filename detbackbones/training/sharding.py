@@ -111,7 +111,8 @@ def moments_like_parameters(
     if count != len(parameters):
         raise ValueError(
             f"the checkpoint's optimizer is for {count} parameters, and must be for the "
-            f"{len(parameters)} that learn now: has freeze_at, norm or lora_rank changed?"
+            f"{len(parameters)} that learn now: has freeze_at, norm, lora_rank or lora_layers "
+            "changed?"
         )
 
     def like(value: Any, parameter: nn.Parameter) -> Any:

@@ -22,11 +22,7 @@ pytest.importorskip("peft")
 LAYERS = ["qkv", "attn.proj"]
 MODELS = {
     "a ViT": (TimmBackbone, "vit_tiny_patch16_224", {}),
-    "attention alone": (
-        TimmBackbone,
-        "vit_tiny_patch16_224",
-        {"lora_layers": LAYERS},
-    ),
+    "attention alone": (TimmBackbone, "vit_tiny_patch16_224", {"lora_layers": LAYERS}),
     "windows": (TimmBackbone, "swin_tiny_patch4_window7_224", {"drop_path_rate": 0.0}),
     "linear layers among convolutions": (TimmBackbone, "convnext_atto", {}),
     "1x1 convolutions": (TimmBackbone, "tf_efficientnet_lite0", {"norm": "FrozenBN"}),
@@ -198,9 +194,10 @@ def test_refused(monkeypatch):
     }.items():
         with pytest.raises(ValueError, match=f"lora_layers={why}"):
             TimmBackbone("vit_tiny_patch16_224", lora_rank=4, lora_layers=layers)
-    with pytest.raises(ValueError, match="lora_layers='qkv' must be a list"):
-        TimmBackbone("vit_tiny_patch16_224", lora_rank=4, lora_layers="qkv")
-    with pytest.raises(ValueError, match=r"lora_layers=\['qkv'\] needs lora_rank"):
+    for rank, layers in product((0, 4), ("qkv", None, 3)):
+        with pytest.raises(ValueError, match=f"lora_layers={layers!r} must be a list"):
+            TimmBackbone("vit_tiny_patch16_224", lora_rank=rank, lora_layers=layers)
+    with pytest.raises(ValueError, match="lora_rank=0 must be a whole number from 1"):
         TimmBackbone("vit_tiny_patch16_224", lora_layers=["qkv"])
     state = {"a.weight": torch.zeros(4, 4), "a.lora_A.weight": torch.zeros(2, 4)}
     with pytest.raises(ValueError, match="it has 'a.lora_A.weight', and must have the layer's"):

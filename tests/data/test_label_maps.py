@@ -338,7 +338,7 @@ def test_what_is_written_is_not_overwritten(tmp_path):
         data.write(tmp_path / "made")
 
 
-def test_images_of_one_name_cannot_be_of_one_split(tmp_path):
+def test_images_of_one_name_cannot_be_of_one_split(tmp_path, capsys):
     maps = _maps()
     for name, split in (("a0", "train"), ("a0", "val"), ("a1", "train")):
         _image(tmp_path / "data" / "images" / split, name)
@@ -346,9 +346,12 @@ def test_images_of_one_name_cannot_be_of_one_split(tmp_path):
     found = read_folder(tmp_path / "data")[1]
     splits = {split: [*pictures.values()] for split, pictures in found.splits.items()}
     assert len(write_splits(found, splits, tmp_path / "as_found")) == 2
-    with pytest.raises(ValueError, match="train/a0.jpg' and .*val/a0.jpg' must have different"):
+    with pytest.raises(ValueError, match="train/a0.jpg' and .*val/a0.jpg' must have names"):
         write_splits(found, {"train": [*found.pictures]}, tmp_path / "one")
     assert not (tmp_path / "one").exists()
+    picture = tmp_path / "x.png"
+    assert run_main(program, "check", str(tmp_path / "data"), "--picture", picture) == 0
+    assert "no picture" not in capsys.readouterr().out and picture.exists()
 
 
 def test_a_folder_is_trained_on(tmp_path, run_train_net):

@@ -5,11 +5,12 @@ import subprocess
 import sys
 
 import pytest
+from detbackbones.config import load_config
 from support import TOOLS
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("pair", ["faster_rcnn", "rt_detr"])
+@pytest.mark.parametrize("pair", ["faster_rcnn", "rt_detr_bfloat16"])
 def test_both_of_a_pair_train(tiny, tmp_path, pair):
     folder = tmp_path / "data"
     (folder / "images").mkdir(parents=True)
@@ -27,5 +28,7 @@ def test_both_of_a_pair_train(tiny, tmp_path, pair):
     assert done.returncode == 0, done.stderr
     (kept,) = json.loads((tmp_path / "out" / "whole_runs.json").read_text())
     assert len(kept["results"]) == 2
+    amp = load_config(str(tmp_path / "out" / f"{pair}_0" / "config.yaml")).train.amp
+    assert (amp.enabled, amp.dtype) == (pair.endswith("bfloat16"), "bfloat16")
     for (run,) in kept["results"].values():
         assert run["whole"] > run["training"] >= 0 and 0 <= run["AP"] <= 100

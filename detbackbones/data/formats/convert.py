@@ -95,9 +95,10 @@ def _refuse_equal_names(pictures: Sequence[Picture]) -> None:
     first: dict[str, Path] = {}
     for picture in pictures:
         other = first.setdefault(picture.file.stem, picture.file)
-        if other is not picture.file:
+        if other != picture.file:
             raise ValueError(
-                f"'{other}' and '{picture.file}' must have different names, for one split has both"
+                f"'{other}' and '{picture.file}' must have names that differ before the ending: "
+                "their label maps are of one split"
             )
 
 
@@ -140,8 +141,7 @@ class TrainingData:
             keys of a config and their values.
 
         Raises:
-            ValueError: if there are faults.
-            FileExistsError: if the output holds other data.
+            ValueError, FileExistsError: as of :func:`write_splits`.
         """
         output = Path(output).absolute()
         files = dict(zip(self.splits, write_splits(self.found, self.splits, output)))
