@@ -10,7 +10,7 @@ from support import TOOLS
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("pair", ["faster_rcnn", "rt_detr_bfloat16"])
+@pytest.mark.parametrize("pair", ["faster_rcnn", "rt_detr", "rt_detr_bfloat16"])
 def test_both_of_a_pair_train(tiny, tmp_path, pair):
     folder = tmp_path / "data"
     (folder / "images").mkdir(parents=True)
